@@ -1,0 +1,1 @@
+"""The world: scenes, simulators, the PointNav task and its environments."""

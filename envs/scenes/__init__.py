@@ -1,0 +1,1 @@
+"""Scene files, navigation meshes and procedural homes."""

@@ -1,0 +1,1 @@
+"""The built-in simulator: batched ray casting on Warp."""

@@ -1,0 +1,1 @@
+"""What the commands do: training, imitation, evaluation, reports."""

@@ -1,0 +1,1 @@
+"""Metrics with intervals, maps, videos and reports."""

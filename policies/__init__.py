@@ -1,0 +1,1 @@
+"""The mind: encoders, adaptation methods and the actor-critic."""

@@ -1,0 +1,1 @@
+"""Ways to adapt a frozen encoder, one file a method."""

@@ -1,0 +1,1 @@
+"""Perception networks, one file a family."""

@@ -54,7 +54,9 @@ class SensorSpec:
 
     def __post_init__(self) -> None:
         if self.kind not in ("rgb", "depth", "normals", "instance"):
-            raise ValueError(f"sensor {self.name!r}: kind {self.kind!r} is not one of rgb, depth, normals, instance")
+            raise ValueError(
+                f"sensor {self.name!r}: kind {self.kind!r} is not one of rgb, depth, normals, instance"
+            )
         if self.height < 1 or self.width < 1:
             raise ValueError(f"sensor {self.name!r}: size {self.height}x{self.width} must be at least 1x1")
         if not 0.0 < self.hfov_deg < 180.0:
@@ -109,7 +111,9 @@ class PathQueries(Protocol):
     def geodesic_distance(self, scene: Tensor, start: Tensor, goal: Tensor) -> Tensor:
         """Length of the shortest walkable path: (N,) float32 [m], infinite where there is none."""
 
-    def path(self, scene: Tensor, start: Tensor, goal: Tensor, max_points: int = 128) -> tuple[Tensor, Tensor]:
+    def path(
+        self, scene: Tensor, start: Tensor, goal: Tensor, max_points: int = 128
+    ) -> tuple[Tensor, Tensor]:
         """Corners of the shortest path, start and goal included.
 
         Returns points (N, max_points, 3) float32 [m] and how many of them count (N,) int64, 0 where there is

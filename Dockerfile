@@ -2,7 +2,7 @@
 FROM python:3.12-slim
 
 # The agent's own user: containers on clusters must not run as root.
-RUN useradd --create-home --uid 1000 navagent
+RUN useradd --create-home --uid 1000 navagent && install -d -o navagent -g navagent /workspace
 WORKDIR /opt/navagent
 
 COPY pyproject.toml constraints.txt README.md LICENSE ./

@@ -1,0 +1,549 @@
+"""Settings: typed, validated, composed by Hydra from the groups in ``configs/``.
+
+A value is looked up in three places, the later winning: the option chosen of each group
+(``adaptation=finetune``), the experiment (``experiment=quick``), and what the command line sets by name
+(``algorithm.total_frames=2e6``). The dataclasses below say which settings exist, of what type and range, and
+in one line what each is for; whatever does not fit is refused by name before anything expensive starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import math
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from envs.files import atomic_write
+
+GROUPS = ("scenes", "env", "sensors", "encoder", "adaptation", "memory", "algorithm", "experiment")
+"""The groups of ``configs/``, one option of each in force."""
+
+SEE_ALL = "`navagent train --help` lists every setting, `navagent train --show-config` shows their values"
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A setting that does not exist or does not fit; the message names it and what would."""
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] = (),
+    at_least: float | None = None,
+    at_most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A dataclass field with the line that ``--help`` shows and the range that its value must lie in."""
+    limits = {"at_least": at_least, "at_most": at_most, "above": above, "below": below}
+    return field(default=default, metadata={"help": help, "choices": tuple(choices), **limits})
+
+
+@dataclass
+class ScenesConfig:
+    """Where the homes and the episodes come from."""
+
+    dataset: str = setting("generated", "folder of a data set with scenes/ and episodes/, or 'generated'")
+    num: int = setting(40, "how many homes to generate", at_least=2)
+    seed: int = setting(0, "seed of the generated homes", at_least=0)
+    scenes_dir: str | None = setting(None, "folder of the scenes, where it is not the data set's own")
+    train_split: str = setting("train", "split to train on")
+    val_split: str = setting("val", "split to evaluate on; it should share no scene with the train split")
+
+
+@dataclass
+class EnvConfig:
+    """The PointNav task and the agent's body."""
+
+    name: str = setting("habitat-2019", "name of this variant of the task, for reports")
+    max_steps: int = setting(500, "actions after which an episode ends", at_least=1)
+    success_distance: float = setting(0.2, "an episode succeeds nearer to the goal than this [m]", above=0)
+    slack_reward: float = setting(-0.01, "reward of every step")
+    progress_reward: float = setting(1.0, "reward per metre of geodesic distance won", at_least=0)
+    success_reward: float = setting(2.5, "reward of success", at_least=0)
+    success_bonus: str = setting(
+        "constant", "success reward as it is, or times SPL", choices=("constant", "spl")
+    )
+    stop: str = setting(
+        "called", "stop is an action, or called for the agent at the goal", choices=("called", "automatic")
+    )
+    forward_step: float = setting(0.25, "length of a forward move [m]", above=0, at_most=5)
+    turn_angle_deg: float = setting(10.0, "angle of a turn [deg]", above=0, at_most=180)
+    allow_sliding: bool = setting(True, "a blocked move slides along the wall")
+    agent_radius: float = setting(0.1, "radius of the agent [m]", above=0, at_most=5)
+    agent_height: float = setting(1.5, "height of the agent [m]", above=0, at_most=10)
+    max_climb: float = setting(0.2, "highest step the agent climbs [m]", at_least=0, at_most=5)
+    max_slope_deg: float = setting(45.0, "steepest floor the agent walks [deg]", above=0, below=90)
+    rgb_noise: float = setting(
+        0.0, "standard deviation of Gaussian colour noise, of 1", at_least=0, at_most=1
+    )
+    depth_noise: float = setting(0.0, "strength of the Redwood depth noise; 1 is the real sensor", at_least=0)
+    actuation_noise: float = setting(0.0, "strength of the LoCoBot motion noise; 1 is the robot", at_least=0)
+
+
+@dataclass
+class SensorsConfig:
+    """What the agent sees and is told."""
+
+    rgb: bool = setting(True, "a colour camera")
+    depth: bool = setting(False, "a depth camera")
+    height: int = setting(64, "image rows", at_least=8, at_most=4096)
+    width: int = setting(64, "image columns", at_least=8, at_most=4096)
+    hfov_deg: float = setting(90.0, "horizontal field of view [deg]", above=0, below=180)
+    sensor_height: float = setting(1.25, "height of the cameras above the feet [m]", above=0, at_most=10)
+    pitch_deg: float = setting(
+        0.0, "tilt of the cameras [deg]; negative looks down", at_least=-90, at_most=90
+    )
+    goal: str = setting(
+        "pointgoal_with_gps_compass",
+        "goal relative to where the agent is, or to where it started",
+        choices=("pointgoal_with_gps_compass", "pointgoal"),
+    )
+    gps: bool = setting(False, "position relative to the start")
+    compass: bool = setting(False, "heading relative to the start")
+
+
+@dataclass
+class EncoderConfig:
+    """The frozen perception network."""
+
+    name: str = setting("fcn5_small", "name of the encoder family in policies/encoders")
+    weights: str = setting("default", "'default' (those that ship), 'random', or a .safetensors file")
+
+
+@dataclass
+class AdaptationConfig:
+    """How the frozen encoder is adapted."""
+
+    name: str = setting(
+        "sidetune",
+        "the method",
+        choices=("sidetune", "features", "finetune", "scratch"),
+    )
+    side_encoder: str = setting("fcn5_small", "network of the side branch (sidetune)")
+    side_weights: str = setting(
+        "base", "start of the side branch (sidetune): 'base' (its copy), 'random', or a .safetensors file"
+    )
+    alpha_init: float = setting(0.5, "initial weight of the base in the blend (sidetune)", above=0, below=1)
+    learn_alpha: bool = setting(True, "alpha is learned (sidetune)")
+
+
+@dataclass
+class MemoryConfig:
+    """What the agent remembers."""
+
+    name: str = setting("gru", "the memory", choices=("gru", "lstm", "frame_stack", "none"))
+    hidden_size: int = setting(
+        256, "size of the memory and of the policy's features", at_least=1, at_most=8192
+    )
+    num_layers: int = setting(1, "layers (gru, lstm)", at_least=1, at_most=8)
+    num_frames: int = setting(4, "frames that are stacked (frame_stack)", at_least=1, at_most=64)
+
+
+@dataclass
+class AlgorithmConfig:
+    """How the agent learns."""
+
+    name: str = setting("ppo", "the algorithm", choices=("ppo",))
+    total_frames: int = setting(1_000_000, "frames to train for, over all agents", at_least=1)
+    max_minutes: float = setting(
+        0.0, "stop after this long, evaluation aside [min]; 0 is no limit", at_least=0
+    )
+    num_envs: int = setting(32, "agents that act side by side", at_least=1, at_most=65536)
+    num_steps: int = setting(64, "steps of every agent in one rollout", at_least=1, at_most=65536)
+    num_minibatches: int = setting(4, "parts that a rollout is learned in", at_least=1)
+    epochs: int = setting(2, "passes over a rollout", at_least=1, at_most=1000)
+    learning_rate: float = setting(2.5e-4, "Adam's step size", above=0, at_most=1)
+    linear_decay: bool = setting(True, "the learning rate falls linearly to 0")
+    weight_decay: float = setting(0.0, "weight decay; alpha never has any", at_least=0, at_most=1)
+    gamma: float = setting(0.99, "discount of the reward", at_least=0, at_most=1)
+    gae_lambda: float = setting(0.95, "lambda of the generalised advantage estimate", at_least=0, at_most=1)
+    clip_range: float = setting(0.2, "how far the policy may move in an update", above=0)
+    ent_coef: float = setting(0.01, "weight of the entropy bonus", at_least=0)
+    vf_coef: float = setting(0.5, "weight of the value loss", at_least=0)
+    max_grad_norm: float = setting(0.5, "gradients are clipped to this norm", above=0)
+    imitation_frames: int = setting(0, "frames of expert warm-up before PPO; 0 is none", at_least=0)
+    curriculum: bool = setting(True, "path lengths grow with training")
+    curriculum_start: float = setting(3.0, "longest path at the start of the curriculum [m]", above=0)
+    curriculum_fraction: float = setting(
+        0.5, "share of the training over which paths grow to full length", above=0, at_most=1
+    )
+
+
+@dataclass
+class EvaluationConfig:
+    """Evaluation while and after training."""
+
+    every_frames: int = setting(200_000, "frames between evaluations; 0 is none", at_least=0)
+    num_episodes: int = setting(64, "episodes of an evaluation while training", at_least=1)
+    final_episodes: int = setting(300, "episodes of the evaluation at the end; 0 is none", at_least=0)
+    num_envs: int = setting(32, "agents that are evaluated side by side", at_least=1)
+    deterministic: bool = setting(False, "the most probable action instead of a sampled one")
+    baselines: str = setting("random,expert", "agents beside the run's in the final table, with commas")
+    maps: int = setting(8, "maps with the agent's path in the final evaluation", at_least=0)
+    videos: int = setting(2, "videos in the final evaluation", at_least=0)
+    seed: int = setting(0, "seed of the evaluation's sampled actions and intervals", at_least=0)
+
+
+@dataclass
+class CheckpointConfig:
+    """Saving the run."""
+
+    every_minutes: float = setting(5.0, "minutes between checkpoints", above=0)
+    keep: int = setting(3, "how many of the newest checkpoints stay; the best one always does", at_least=1)
+
+
+@dataclass
+class TrainConfig:
+    """Every setting of a training run."""
+
+    seed: int = setting(0, "seed of everything that is drawn at random", at_least=0)
+    device: str = setting("auto", "cpu, cuda, cuda:N, or auto: CUDA where there is one")
+    num_threads: int = setting(
+        0, "threads of the simulator and of torch on the CPU; 0 is all cores", at_least=0
+    )
+    run_dir: str | None = setting(None, "folder of the run; runs/<date-time>-<adaptation>-<sensors> if null")
+    resume: str | None = setting(None, "folder of a run to go on with")
+    scenes: ScenesConfig = field(default_factory=ScenesConfig)
+    env: EnvConfig = field(default_factory=EnvConfig)
+    sensors: SensorsConfig = field(default_factory=SensorsConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    adaptation: AdaptationConfig = field(default_factory=AdaptationConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One leaf of the tree of settings."""
+
+    name: str
+    """Dotted name, as the command line takes it."""
+    type: Any
+    """int, float, bool, str or ``str | None``."""
+    default: Any
+    help: str
+    choices: tuple[str, ...]
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def settings(cls: type = TrainConfig, prefix: str = "") -> Iterator[Setting]:
+    """Every setting under ``cls``, in the order of the dataclasses."""
+    for item in dataclasses.fields(cls):
+        kind = _hints(cls)[item.name]
+        name = prefix + item.name
+        if dataclasses.is_dataclass(kind):
+            yield from settings(typing.cast(type, kind), name + ".")
+        else:
+            yield Setting(name, kind, item.default, item.metadata["help"], item.metadata["choices"])
+
+
+def _same_installation(module: str) -> types.ModuleType:
+    """Imports one of our packages and refuses somebody else's of the same name."""
+    found = importlib.import_module(module)
+    ours = Path(__file__).resolve().parents[1]
+    theirs = [Path(entry).resolve() for entry in found.__path__]
+    if ours / module not in theirs:
+        raise ConfigError(
+            f"the folder {theirs[0] if theirs else module!r} hides navagent's own package {module!r} at "
+            f"{ours / module}; rename it, or run the command from another folder"
+        )
+    return found
+
+
+@functools.cache
+def options(group: str) -> tuple[str, ...]:
+    """The options of a group, from the files in ``configs/``, sorted."""
+    folder = Path(_same_installation("configs").__path__[0]) / group
+    return tuple(sorted(path.stem for path in folder.glob("*.yaml")))
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """``"; did you mean 'x'?"`` for the known name most like ``name``, empty where none is like it."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not close:
+        # `total_frames` and `algoritm.total_frames` both mean `algorithm.total_frames`.
+        leaf = name.rsplit(".", 1)[-1]
+        leaves = {full.rsplit(".", 1)[-1]: full for full in reversed(known)}
+        close = [leaves[match] for match in difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.6)]
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _convert(name: str, kind: Any, value: Any) -> Any:
+    """``value`` as ``kind``, or a ConfigError that says what was expected."""
+    optional = isinstance(kind, types.UnionType)
+    if optional:
+        if value is None:
+            return None
+        kind = next(arm for arm in typing.get_args(kind) if arm is not types.NoneType)
+    expected = {
+        int: "a whole number, like 2000000 or 2e6",
+        float: "a number",
+        bool: "true or false",
+        str: "text" + (" or null" if optional else ""),
+    }[kind]
+    wrong = ConfigError(f"{name}={value} does not fit: expected {expected}")
+    if kind is str:
+        if not isinstance(value, str) or not value:
+            raise wrong
+        return value
+    if kind is bool:
+        # The command line gives text.
+        if isinstance(value, str):
+            value = {"true": True, "false": False}.get(value.lower())
+        if not isinstance(value, bool):
+            raise wrong
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise wrong
+    try:
+        # Text also comes from YAML 1.1 readers, which take 1e-4 for it. An integer is kept exact.
+        number = value if isinstance(value, int) else float(value)
+    except ValueError:
+        raise wrong from None
+    if not math.isfinite(number) or (kind is int and number != int(number)):
+        raise wrong
+    return kind(number)
+
+
+def _check_range(name: str, value: Any, limits: Mapping[str, Any]) -> None:
+    if limits["choices"] and value not in limits["choices"]:
+        raise ConfigError(
+            f"{name}={value!r} is not one of {', '.join(limits['choices'])}"
+            + nearest(str(value), limits["choices"])
+        )
+    for word, holds in (
+        ("at_least", lambda limit: value >= limit),
+        ("at_most", lambda limit: value <= limit),
+        ("above", lambda limit: value > limit),
+        ("below", lambda limit: value < limit),
+    ):
+        if limits[word] is not None and not holds(limits[word]):
+            raise ConfigError(
+                f"{name}={value!r} is out of range: expected {word.replace('_', ' ')} {limits[word]}"
+            )
+
+
+def _build(cls: type[T], values: Any, prefix: str = "") -> T:
+    """The dataclass filled from a nested mapping; every key known, every value of its type and range."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{prefix.rstrip('.') or 'settings'}={values!r} does not fit: expected a mapping")
+    known = {item.name: item for item in dataclasses.fields(typing.cast(Any, cls))}
+    for key in values:
+        if key not in known:
+            names = [prefix + name for name in known]
+            raise ConfigError(
+                f"there is no setting {prefix}{key}{nearest(f'{prefix}{key}', names)} ({SEE_ALL})"
+            )
+    built = {}
+    for key, value in values.items():
+        kind, name = _hints(cls)[key], f"{prefix}{key}"
+        if dataclasses.is_dataclass(kind):
+            built[key] = _build(typing.cast(type, kind), value, name + ".")
+        else:
+            built[key] = _convert(name, kind, value)
+            _check_range(name, built[key], known[key].metadata)
+    return cls(**built)
+
+
+def _check_together(config: TrainConfig) -> None:
+    """What no single setting can see: combinations, and files that must be there."""
+    algorithm = config.algorithm
+    if algorithm.num_minibatches > algorithm.num_envs:
+        raise ConfigError(
+            f"algorithm.num_minibatches={algorithm.num_minibatches} is more than algorithm.num_envs="
+            f"{algorithm.num_envs}: a minibatch is made of whole agents' rollouts, so use at most as many"
+        )
+    device = config.device
+    if device not in ("auto", "cpu", "cuda") and not (device.startswith("cuda:") and device[5:].isdigit()):
+        raise ConfigError(f"device={device!r} is not one of auto, cpu, cuda, cuda:N")
+    for name, value, words in (
+        ("scenes.dataset", config.scenes.dataset, ("generated",)),
+        ("scenes.scenes_dir", config.scenes.scenes_dir, ()),
+    ):
+        if value is not None and value not in words and not Path(value).expanduser().is_dir():
+            raise ConfigError(
+                f"{name}={value!r} is not a folder"
+                + (f"{nearest(value, words)} (or leave it 'generated')" if words else "")
+            )
+    for name, value, words in (
+        ("encoder.weights", config.encoder.weights, ("default", "random")),
+        ("adaptation.side_weights", config.adaptation.side_weights, ("base", "random")),
+    ):
+        if value not in words and not Path(value).expanduser().is_file():
+            raise ConfigError(
+                f"{name}={value!r} is neither a file nor one of {', '.join(words)}{nearest(value, words)}"
+            )
+
+
+def _checked_override(override: str) -> str:
+    """A command-line override in Hydra's grammar, its name known; raises otherwise.
+
+    Values are quoted for Hydra, so that a path may hold blanks, commas and equals signs, and so that it is
+    :func:`_convert` that says what is wrong with a number.
+    """
+    name, equals, value = override.partition("=")
+    name = name.strip()
+    if not equals or not name:
+        raise ConfigError(f"{override!r} is not of the form NAME=VALUE ({SEE_ALL})")
+    if name[0] in "+~":
+        raise ConfigError(
+            f"{override!r}: settings are set, not added or removed; write it without {name[0]!r}"
+        )
+    leaves = {leaf.name: leaf for leaf in settings()}
+    if name in GROUPS:
+        if value not in options(name):
+            raise ConfigError(
+                f"{name}={value} is not one of {name}'s options {', '.join(options(name))}"
+                f"{nearest(value, options(name))}"
+            )
+        return override
+    if name not in leaves:
+        raise ConfigError(f"there is no setting {name}{nearest(name, [*GROUPS, *leaves])} ({SEE_ALL})")
+    if value == "null" and leaves[name].type is not str:
+        return f"++{name}=null"
+    # Hydra's grammar: a backslash means itself, except in front of a quote.
+    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + (match[2] and "\\'"), value)
+    return f"++{name}='{escaped}'"
+
+
+def _compose(overrides: Sequence[str]) -> dict[str, Any]:
+    """Hydra's composition of ``configs/train.yaml`` with overrides that are known by name."""
+    # Hydra costs as much to import as the rest of the command line together.
+    from hydra import compose, initialize_config_module
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    _same_installation("configs")
+    try:
+        with initialize_config_module("configs", version_base="1.3"):
+            composed = OmegaConf.to_container(compose("train", list(overrides)), resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"{' '.join(overrides)}: {error} ({SEE_ALL})") from None
+    assert isinstance(composed, dict)
+    return typing.cast(dict[str, Any], composed)
+
+
+def load_config(overrides: Sequence[str] = ()) -> TrainConfig:
+    """The settings that a command line asks for.
+
+    With ``resume=RUN``, the run's own settings take the place of the defaults, and only settings that do not
+    change what the run learns may differ from them.
+
+    Args:
+        overrides: ``GROUP=OPTION`` and ``NAME=VALUE``, as typed.
+
+    Raises:
+        ConfigError: on an unknown name (with the nearest right one), a wrong type or range, a missing file.
+    """
+    checked = [_checked_override(override) for override in overrides]
+    values = _compose(checked)
+    config = _build(TrainConfig, values)
+    if config.resume is not None:
+        config = _resumed(config, values, overrides)
+    _check_together(config)
+    return config
+
+
+MAY_CHANGE_ON_RESUME = ("device", "num_threads", "resume", "algorithm.total_frames", "algorithm.max_minutes")
+"""Settings that a resumed run may have otherwise, with everything under evaluation and checkpoint."""
+
+
+def _resumed(asked: TrainConfig, values: Mapping[str, Any], overrides: Sequence[str]) -> TrainConfig:
+    """The saved settings of the run ``asked.resume``, with what the command line sets by name on top."""
+    folder = Path(typing.cast(str, asked.resume)).expanduser()
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"resume={asked.resume!r} is not the folder of a run: it has no config.yaml")
+    saved = read_config(folder / "config.yaml")
+    names = {override.partition("=")[0].strip() for override in overrides}
+    defaults = flatten(_build(TrainConfig, _compose([]))) if "experiment" in names else {}
+    old, new = flatten(saved), flatten(asked)
+    for name, value in new.items():
+        named = name in names or name.partition(".")[0] in names
+        by_experiment = bool(defaults) and value != defaults[name]
+        if not (named or by_experiment) or value == old[name]:
+            continue
+        if name == "run_dir":
+            raise ConfigError(
+                f"run_dir={value!r} cannot be given with resume, which goes on in {asked.resume!r}"
+            )
+        if name not in MAY_CHANGE_ON_RESUME and name.partition(".")[0] not in ("evaluation", "checkpoint"):
+            raise ConfigError(
+                f"{name}={value!r} differs from the resumed run's {old[name]!r}: the rest of the run would "
+                f"be another experiment; leave it out, or start a new run without resume"
+            )
+        old[name] = value
+    old["run_dir"], old["resume"] = str(folder), str(folder)
+    return _build(TrainConfig, _nested(old))
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted name to value for every setting of ``config``."""
+    flat: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            flat.update(flatten(value, f"{prefix}{item.name}."))
+        else:
+            flat[prefix + item.name] = value
+    return flat
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        group, dot, leaf = name.partition(".")
+        if dot:
+            nested.setdefault(group, {})[leaf] = value
+        else:
+            nested[name] = value
+    return nested
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The settings as YAML text that :func:`read_config` reads back."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def write_config(config: TrainConfig, path: str | Path) -> None:
+    """Saves the settings as YAML."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(to_yaml(config), encoding="utf-8")
+
+
+def read_config(path: str | Path) -> TrainConfig:
+    """Reads settings that :func:`write_config` saved; plain YAML, no tags, no interpolation.
+
+    Raises:
+        ConfigError: if the file is missing, not YAML, or holds a setting that does not fit.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return _build(TrainConfig, values)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not YAML: {str(error).splitlines()[0]}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None

@@ -11,13 +11,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import importlib
 import math
 import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -242,7 +242,7 @@ class Setting:
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
@@ -257,24 +257,11 @@ def settings(cls: type = TrainConfig, prefix: str = "") -> Iterator[Setting]:
             yield Setting(name, kind, item.default, item.metadata["help"], item.metadata["choices"])
 
 
-def _same_installation(module: str) -> types.ModuleType:
-    """Imports one of our packages and refuses somebody else's of the same name."""
-    found = importlib.import_module(module)
-    ours = Path(__file__).resolve().parents[1]
-    theirs = [Path(entry).resolve() for entry in found.__path__]
-    if ours / module not in theirs:
-        raise ConfigError(
-            f"the folder {theirs[0] if theirs else module!r} hides navagent's own package {module!r} at "
-            f"{ours / module}; rename it, or run the command from another folder"
-        )
-    return found
-
-
 @functools.cache
 def options(group: str) -> tuple[str, ...]:
     """The options of a group, from the files in ``configs/``, sorted."""
-    folder = Path(_same_installation("configs").__path__[0]) / group
-    return tuple(sorted(path.stem for path in folder.glob("*.yaml")))
+    files = (resources.files("configs") / group).iterdir()
+    return tuple(sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml")))
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -354,9 +341,9 @@ def _build(cls: type[T], values: Any, prefix: str = "") -> T:
             raise ConfigError(
                 f"there is no setting {prefix}{key}{nearest(f'{prefix}{key}', names)} ({SEE_ALL})"
             )
-    built = {}
+    built: dict[str, Any] = {}
     for key, value in values.items():
-        kind, name = _hints(cls)[key], f"{prefix}{key}"
+        kind, name = _hints(typing.cast(Any, cls))[key], f"{prefix}{key}"
         if dataclasses.is_dataclass(kind):
             built[key] = _build(typing.cast(type, kind), value, name + ".")
         else:
@@ -373,6 +360,7 @@ def _check_together(config: TrainConfig) -> None:
             f"algorithm.num_minibatches={algorithm.num_minibatches} is more than algorithm.num_envs="
             f"{algorithm.num_envs}: a minibatch is made of whole agents' rollouts, so use at most as many"
         )
+    words: tuple[str, ...]
     device = config.device
     if device not in ("auto", "cpu", "cuda") and not (device.startswith("cuda:") and device[5:].isdigit()):
         raise ConfigError(f"device={device!r} is not one of auto, cpu, cuda, cuda:N")
@@ -434,7 +422,6 @@ def _compose(overrides: Sequence[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    _same_installation("configs")
     try:
         with initialize_config_module("configs", version_base="1.3"):
             composed = OmegaConf.to_container(compose("train", list(overrides)), resolve=True)

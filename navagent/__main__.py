@@ -1,0 +1,7 @@
+"""``python -m navagent`` is the ``navagent`` command."""
+
+import sys
+
+from navagent.cli import main
+
+sys.exit(main())

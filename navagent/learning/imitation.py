@@ -1,0 +1,177 @@
+"""Learning from an expert that can be asked anywhere: DAgger, and staying close to what was learned.
+
+DAgger (Ross et al. 2011) lets a mixture of expert and learner act and has the expert label every state that the
+mixture visits. The expert's part of the mixture falls from all to nothing, so that the learner ends up being
+corrected where it goes by itself. Labels are learned by cross-entropy in which the steps where the expert changes
+its action weigh more (inflection weighting, Wijmans et al. 2019). The critic learns the observed returns at the
+same time, so that PPO can take over the same policy with the same optimiser.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from navagent.learning.rollout import SequenceBatch
+
+
+@dataclass(frozen=True)
+class ImitationConfig:
+    """When an expert teaches, and how."""
+
+    frames: int = 0
+    """Frames of imitation before PPO takes over; 0 means PPO alone."""
+    mixing_fraction: float = 0.5
+    """Share of ``frames`` over which the expert's part of the behaviour falls from 1 to 0."""
+    mixing: Literal["episode", "step"] = "episode"
+    """Whether expert or learner is drawn to act for a whole episode, or anew at every step."""
+    inflection_weight: float = 2.0
+    """Weight of a step at which the expert's action differs from the one before; others weigh 1."""
+    expert_stops: bool = True
+    """Whether the learner's STOP is carried out only where the expert would stop too. A beginner would
+    otherwise end its episodes before it has seen anything."""
+    anchor_coef: float = 0.0
+    """Weight in PPO's loss of the divergence from the imitated policy, when PPO takes over."""
+    anchor_frames: int = 0
+    """Frames of PPO over which ``anchor_coef`` falls to 0."""
+
+    def __post_init__(self) -> None:
+        if self.mixing not in ("episode", "step"):
+            raise ValueError(f"imitation mixing {self.mixing!r} is not one of episode, step")
+        if not 0.0 <= self.mixing_fraction <= 1.0:
+            raise ValueError(f"imitation mixing_fraction {self.mixing_fraction} must lie between 0 and 1")
+        if self.frames < 0 or self.anchor_frames < 0:
+            raise ValueError(
+                f"imitation frames {self.frames} and anchor_frames {self.anchor_frames} must not be negative"
+            )
+        if self.inflection_weight <= 0:
+            raise ValueError(f"inflection_weight {self.inflection_weight} must be greater than 0")
+
+    def expert_share(self, frames: int) -> float:
+        """Probability that the expert acts, after ``frames`` frames."""
+        mixing_frames = self.frames * self.mixing_fraction
+        return 0.0 if frames >= mixing_frames else 1.0 - frames / mixing_frames
+
+    def anchor_weight(self, frames: int) -> float:
+        """Weight of the divergence from the imitated policy, after ``frames`` frames."""
+        since = frames - self.frames
+        if since < 0 or since >= self.anchor_frames:
+            return 0.0
+        return self.anchor_coef * (1.0 - since / self.anchor_frames)
+
+
+class ExpertMixture:
+    """Decides at each step whether the expert or the learner acts, environment by environment."""
+
+    def __init__(
+        self, config: ImitationConfig, num_envs: int, stop_action: int | None, generator: torch.Generator
+    ) -> None:
+        """``stop_action`` is the index of STOP, None where the policy has none; ``generator`` is on the CPU."""
+        self.config = config
+        self.num_envs = num_envs
+        self.stop_action = stop_action
+        self.generator = generator
+        self.expert_acts = torch.zeros(num_envs, dtype=torch.bool)
+
+    def choose(self, actions: Tensor, expert: Tensor, episode_starts: Tensor, frames: int) -> Tensor:
+        """What is carried out, (N,) int64, given what learner and expert want to do, each (N,) int64."""
+        share = self.config.expert_share(frames)
+        drawn = torch.rand(self.num_envs, generator=self.generator) < share
+        redraw = episode_starts.cpu() if self.config.mixing == "episode" else torch.ones_like(drawn)
+        self.expert_acts = torch.where(redraw, drawn, self.expert_acts)
+        chosen = torch.where(self.expert_acts.to(actions.device), expert, actions)
+        if self.stop_action is not None and self.config.expert_stops:
+            too_early = (chosen == self.stop_action) & (expert != self.stop_action)
+            chosen = torch.where(too_early, expert, chosen)
+        return chosen
+
+
+def inflection_weights(expert: Tensor, episode_starts: Tensor, weight: float) -> Tensor:
+    """Weight of each step, (T, B): ``weight`` where the expert's action differs from the step before, else 1.
+
+    The first step of a block or of an episode has no step before it and weighs 1.
+    """
+    changes = torch.zeros_like(expert, dtype=torch.bool)
+    changes[1:] = (expert[1:] != expert[:-1]) & ~episode_starts[1:]
+    return torch.where(changes, weight, 1.0)
+
+
+def imitation_loss(
+    logits: Tensor, expert: Tensor, episode_starts: Tensor, inflection_weight: float
+) -> tuple[Tensor, Tensor]:
+    """Inflection-weighted cross-entropy, and the share of steps at which the likeliest action is the expert's.
+
+    ``logits`` (T, B, A), ``expert`` (T, B) int64, ``episode_starts`` (T, B) bool; both results are scalars.
+    """
+    weights = inflection_weights(expert, episode_starts, inflection_weight)
+    losses = functional.cross_entropy(logits.flatten(0, 1), expert.flatten(), reduction="none")
+    agreement = (logits.detach().argmax(-1) == expert).float().mean()
+    return (losses * weights.flatten()).sum() / weights.sum(), agreement
+
+
+def divergence(reference_logits: Tensor, logits: Tensor) -> Tensor:
+    """Mean Kullback-Leibler divergence KL(reference || policy) of action logits (T, B, A): a scalar."""
+    reference = torch.log_softmax(reference_logits, -1)
+    return (reference.exp() * (reference - torch.log_softmax(logits, -1))).sum(-1).mean()
+
+
+class Anchor:
+    """The policy as imitation left it, run beside the learner to say what it would have done.
+
+    It shares the learner's frozen parameters and takes the frozen features that the learner has computed, so that
+    a step costs one pass of its trainable parts.
+    """
+
+    def __init__(self, policy: nn.Module, memory: Tensor) -> None:
+        """Copies ``policy``'s trainable parts; ``memory`` (N, ...) is the learner's at this moment."""
+        shared: dict[int, Any] = {id(p): p for p in policy.parameters() if not p.requires_grad}
+        shared[id(policy.optimizer)] = None
+        self.policy = copy.deepcopy(policy, memo=shared)
+        self.policy.requires_grad_(False)
+        # The line above reached the shared parameters too, which were frozen already: nothing changed for them.
+        self.policy.set_training_mode(False)  # type: ignore[operator]
+        self.memory = memory.clone()
+
+    def logits(
+        self, observations: dict[str, Tensor], episode_starts: Tensor, frozen: dict[str, Tensor] | None
+    ) -> Tensor:
+        """Its action logits (N, A) for the newest observations; advances its memory."""
+        answer = self.policy.act(  # type: ignore[operator]
+            observations, self.memory, episode_starts, deterministic=True, frozen=frozen
+        )
+        self.memory = answer[3]
+        return answer[5]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its trainable parts and memory."""
+        return {"policy": self.policy.state_dict(), "memory": self.memory}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a saved state."""
+        self.policy.load_state_dict(state["policy"])
+        self.memory = state["memory"].clone()
+
+
+def imitation_objective(
+    logits: Tensor, values: Tensor, batch: SequenceBatch, config: ImitationConfig, vf_coef: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of one minibatch in the imitation phase, and what to log: labels plus the critic's regression.
+
+    ``logits`` (T, B, A) and ``values`` (T, B) are the policy's; ``batch`` carries the expert's actions.
+    """
+    if batch.expert_actions is None:
+        raise ValueError("this rollout carries no expert actions: collect it with an expert")
+    action_loss, agreement = imitation_loss(
+        logits, batch.expert_actions, batch.episode_starts, config.inflection_weight
+    )
+    value_loss = functional.mse_loss(values, batch.returns)
+    return action_loss + vf_coef * value_loss, {
+        "imitation/loss": action_loss.detach(),
+        "imitation/agreement": agreement,
+        "train/value_loss": value_loss.detach(),
+    }

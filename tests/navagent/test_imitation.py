@@ -1,0 +1,150 @@
+import pytest
+import torch
+from learning_world import LineVecEnv, LineWorld, RecurrentPolicy
+
+from navagent.learning.imitation import (
+    Anchor,
+    ExpertMixture,
+    ImitationConfig,
+    divergence,
+    imitation_loss,
+    inflection_weights,
+)
+from navagent.learning.ppo import PPO
+
+
+def mixture(num_envs=1000, stop_action=0, **settings):
+    config = ImitationConfig(frames=100, **settings)
+    return ExpertMixture(config, num_envs, stop_action, torch.Generator().manual_seed(0))
+
+
+def test_the_experts_share_falls_from_all_to_nothing():
+    config = ImitationConfig(frames=100, mixing_fraction=0.5)
+    assert [config.expert_share(frames) for frames in (0, 25, 50, 80)] == [1.0, 0.5, 0.0, 0.0]
+    assert ImitationConfig(frames=100, mixing_fraction=0.0).expert_share(0) == 0.0
+
+
+def test_behaviour_is_the_experts_at_first_and_the_learners_at_last():
+    mix = mixture()
+    learner, expert = torch.full((1000,), 2), torch.full((1000,), 1)
+    starts = torch.ones(1000, dtype=torch.bool)
+    assert torch.equal(mix.choose(learner, expert, starts, 0), expert)
+    assert torch.equal(mix.choose(learner, expert, starts, 60), learner)
+    half = (mix.choose(learner, expert, starts, 25) == expert).float().mean().item()
+    assert 0.45 < half < 0.55
+
+
+def test_by_episode_the_draw_lasts_until_the_episode_ends():
+    mix = mixture(mixing="episode")
+    learner, expert = torch.full((1000,), 2), torch.full((1000,), 1)
+    ones, zeros = torch.ones(1000, dtype=torch.bool), torch.zeros(1000, dtype=torch.bool)
+    first = mix.choose(learner, expert, ones, 25)
+    assert torch.equal(mix.choose(learner, expert, zeros, 25), first)
+    assert torch.equal(mix.choose(learner, expert, zeros, 99), first)
+    by_step = mixture(mixing="step")
+    assert not torch.equal(
+        by_step.choose(learner, expert, zeros, 25), by_step.choose(learner, expert, zeros, 25)
+    )
+
+
+def test_the_learner_stops_only_where_the_expert_would():
+    learner, expert = torch.tensor([0, 0, 3]), torch.tensor([1, 0, 0])
+    starts = torch.ones(3, dtype=torch.bool)
+    assert mixture(3).choose(learner, expert, starts, 99).tolist() == [1, 0, 3]
+    assert mixture(3, expert_stops=False).choose(learner, expert, starts, 99).tolist() == [0, 0, 3]
+    # With automatic stopping, action 0 is a move like the others.
+    assert mixture(3, stop_action=None).choose(learner, expert, starts, 99).tolist() == [0, 0, 3]
+
+
+def test_inflections_are_changes_of_the_experts_action_within_an_episode():
+    expert = torch.tensor([[1], [1], [2], [2], [1], [3]])
+    starts = torch.tensor([[True], [False], [False], [False], [True], [False]])
+    assert inflection_weights(expert, starts, 5.0).flatten().tolist() == [1, 1, 5, 1, 1, 5]
+
+
+def test_the_loss_is_the_weighted_mean_of_cross_entropies():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 3, 4, generator=generator)
+    expert = torch.randint(0, 4, (6, 3), generator=generator)
+    starts = torch.rand(6, 3, generator=generator) < 0.2
+    loss, agreement = imitation_loss(logits, expert, starts, 3.0)
+    weights = inflection_weights(expert, starts, 3.0)
+    entropies = -torch.log_softmax(logits, -1).gather(-1, expert[..., None])[..., 0]
+    torch.testing.assert_close(loss, (weights * entropies).sum() / weights.sum())
+    assert agreement == (logits.argmax(-1) == expert).float().mean()
+
+
+def test_divergence_is_zero_for_equals_and_as_torch_has_it():
+    logits, other = torch.randn(3, 2, 4), torch.randn(3, 2, 4)
+    assert divergence(logits, logits).abs() < 1e-6
+    want = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=logits), torch.distributions.Categorical(logits=other)
+    ).mean()
+    torch.testing.assert_close(divergence(logits, other), want)
+
+
+def learner(**imitation):
+    env = LineVecEnv(LineWorld(num_envs=16))
+    return PPO(
+        RecurrentPolicy,
+        env,
+        n_steps=16,
+        n_epochs=4,
+        learning_rate=3e-3,
+        gamma=0.95,
+        seed=0,
+        device="cpu",
+        imitation=ImitationConfig(**imitation),
+    )
+
+
+def test_imitation_alone_learns_the_experts_actions_and_the_critic_its_returns():
+    model = learner(frames=8_192)
+    model.learn(8_192)
+    batch = next(model.rollout_buffer.minibatches(1))
+    values, _, _, logits = model.policy.evaluate_sequences(
+        batch.observations, batch.actions, batch.memory, batch.episode_starts, batch.frozen
+    )
+    assert (logits.argmax(-1) == batch.expert_actions).float().mean() > 0.97
+    unexplained = (batch.returns - values).var() / batch.returns.var()
+    assert unexplained < 0.4
+    assert sum(episode["success"] for episode in model.recent_episodes) >= 90
+
+
+def test_the_anchor_stays_as_it_was_and_shares_what_is_frozen():
+    model = learner(frames=512, anchor_coef=1.0, anchor_frames=100_000)
+    model.learn(512)
+    imitated = {name: value.clone() for name, value in model.policy.state_dict().items()}
+    model.learn(1024, reset_num_timesteps=False)
+    assert isinstance(model.anchor, Anchor)
+    for name, value in model.anchor.policy.state_dict().items():
+        assert torch.equal(value, imitated[name])
+    assert model.anchor.policy.base.weight is model.policy.base.weight
+    assert not torch.equal(model.policy.actor.weight, imitated["actor.weight"])
+    assert all(parameter.requires_grad for parameter in model.policy.actor.parameters())
+
+
+def test_a_heavy_anchor_keeps_the_policy_where_imitation_left_it():
+    def moved(coefficient):
+        model = learner(frames=512, anchor_coef=coefficient, anchor_frames=10**9)
+        model.learn(512 + 2048)
+        reference = model.rollout_buffer["reference_logits"]
+        _, _, _, logits = model.policy.evaluate_sequences(
+            {key: model.rollout_buffer["obs/" + key] for key in ("offset", "image")},
+            model.rollout_buffer["actions"],
+            model.rollout_buffer.memory,
+            model.rollout_buffer["episode_starts"],
+            None,
+        )
+        return divergence(reference, logits).item()
+
+    assert moved(100.0) < 0.2 * moved(1e-6)
+
+
+def test_wrong_settings_are_refused_by_name():
+    with pytest.raises(ValueError, match="mixing 'random' is not one of episode, step"):
+        ImitationConfig(mixing="random")
+    with pytest.raises(ValueError, match="mixing_fraction 1.5 must lie between 0 and 1"):
+        ImitationConfig(mixing_fraction=1.5)
+    with pytest.raises(ValueError, match="inflection_weight 0.0 must be greater than 0"):
+        ImitationConfig(inflection_weight=0.0)

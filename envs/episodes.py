@@ -1,8 +1,9 @@
 """PointNav-v1 episodes: Habitat's files read, written and generated.
 
 A split is ``SPLIT/SPLIT.json.gz`` with every episode in it, or the same file with an empty list beside a
-folder ``SPLIT/content/`` that holds one ``SCENE.json.gz`` per scene. Both layouts are read the way habitat-lab's
-``PointNavDatasetV1`` reads them, and an episode is drawn by the rules of its ``pointnav_generator``.
+folder ``SPLIT/content/`` that holds one ``SCENE.json.gz`` per scene. Both layouts are read the way
+habitat-lab's ``PointNavDatasetV1`` reads them, and an episode is drawn by the rules of its
+``pointnav_generator``.
 """
 
 from __future__ import annotations
@@ -183,7 +184,7 @@ def generate_episodes(
     """Draws episodes in one scene by the rules of habitat-lab's ``pointnav_generator``.
 
     A goal is drawn uniformly from the navigable area. Up to ``retries`` starts are drawn for it, and the
-    first that keeps every rule makes an episode: both points on islands of at least ``min_island_radius`` [m],
+    first that keeps every rule makes an episode: both on islands of radius >= ``min_island_radius`` [m],
     heights that differ by at most ``max_height_difference`` [m], a geodesic distance between ``min_distance``
     and ``max_distance`` [m]; where the geodesic distance is less than ``straight_ratio`` times the Euclidean
     one, the start survives with probability ``20 (ratio - 0.98)^2`` only, which thins out straight-line
@@ -211,8 +212,8 @@ def generate_episodes(
         if drawn > 100 * (num + 10):
             raise EpisodeError(
                 f"{scene_id}: only {len(episodes)} of {num} episodes found after {drawn} goals; the "
-                f"navigable area is too small for distances of {min_distance} to {max_distance} m on islands of radius "
-                f">= {min_island_radius} m"
+                f"navigable area is too small for distances of {min_distance} to {max_distance} m on islands "
+                f"of radius >= {min_island_radius} m"
             )
         batch = (num - len(episodes)) * 5 // 4 + 16
         drawn += batch

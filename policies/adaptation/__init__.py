@@ -1,1 +1,57 @@
-"""Ways to adapt a frozen encoder, one file a method."""
+"""Methods that adapt a perception encoder, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+from policies.adaptation.base import Adaptation, AdaptationConfig, FrozenEncoder, TrainableEncoder
+from policies.adaptation.feature_extraction import FeatureExtraction
+from policies.adaptation.finetune import FineTuning
+from policies.adaptation.scratch import Scratch, ScratchConfig
+from policies.adaptation.side_tuning import SideTuning, SideTuningConfig
+
+__all__ = [
+    "ADAPTATIONS",
+    "Adaptation",
+    "AdaptationConfig",
+    "FeatureExtraction",
+    "FineTuning",
+    "FrozenEncoder",
+    "Scratch",
+    "ScratchConfig",
+    "SideTuning",
+    "SideTuningConfig",
+    "TrainableEncoder",
+    "make_adaptation",
+]
+
+ADAPTATIONS: dict[str, type[Adaptation]] = {
+    "sidetune": SideTuning,
+    "features": FeatureExtraction,
+    "finetune": FineTuning,
+    "scratch": Scratch,
+}
+"""Methods by the name that selects them."""
+
+
+def make_adaptation(name: str, **options: Any) -> Adaptation:
+    """Builds a method, from the fields of its configuration (``encoder``, ``weights``, ``channels``, ...).
+
+    Raises:
+        ValueError: for an unknown method or option, naming the nearest known one, or a wrong value.
+    """
+    if name not in ADAPTATIONS:
+        raise ValueError(f"unknown adaptation {name!r}{_nearest(name, list(ADAPTATIONS))}")
+    method = ADAPTATIONS[name]
+    fields = [field.name for field in dataclasses.fields(method.config_class)]
+    for option in options:
+        if option not in fields:
+            raise ValueError(f"adaptation {name!r} has no option {option!r}{_nearest(option, fields)}")
+    return method(method.config_class(**options))  # type: ignore[call-arg]
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1, 0)
+    return f"; did you mean {near[0]!r}? Known: {', '.join(known)}"

@@ -1,0 +1,114 @@
+"""What every perception encoder has: declared input, preprocessing on the device, and an output shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """The image that an encoder was made for, as data."""
+
+    channels: int = 3
+    """3 for colour, 1 for depth."""
+    size: tuple[int, int] | None = None
+    """Rows and columns to which images are resized (bilinear), or None to take them as they come."""
+    mean: tuple[float, ...] = (0.5,)
+    """Subtracted from values in 0..1; one for all channels, or one a channel."""
+    std: tuple[float, ...] = (0.5,)
+    """Divides what is left."""
+
+    def __post_init__(self) -> None:
+        if self.channels not in (1, 3):
+            raise ValueError(f"encoder input channels {self.channels}: expected 3 (colour) or 1 (depth)")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, self.channels):
+                raise ValueError(f"encoder input {name} {values}: expected 1 or {self.channels} values")
+
+
+class Encoder(nn.Module):
+    """A network from an image to a feature map (N, C, h, w) or vector (N, C)."""
+
+    output_layers: tuple[str, ...] = ()
+    """Layers whose weights scale the output linearly, if there are such."""
+
+    def __init__(self, input_spec: InputSpec) -> None:
+        super().__init__()
+        self.input_spec = input_spec
+
+    def preprocess(self, image: Tensor) -> Tensor:
+        """Turns images as sensors give them into what :meth:`forward` takes, on their own device.
+
+        Args:
+            image: (N, H, W, C), uint8, or float with values in 0..1.
+
+        Returns:
+            (N, C, h, w) float32, normalised and, where the encoder has a fixed size, resized.
+        """
+        spec = self.input_spec
+        if image.dim() != 4 or image.shape[3] != spec.channels:
+            raise ValueError(
+                f"image of shape {tuple(image.shape)}: expected (N, H, W, {spec.channels}) for "
+                f"{type(self).__name__} with {spec.channels} input channel(s)"
+            )
+        # A permuted (N, H, W, C) tensor is already in the channels-last layout that convolutions like best.
+        scale = 255.0 if image.dtype == torch.uint8 else 1.0
+        pixels = image.permute(0, 3, 1, 2).float()
+        mean = torch.tensor(spec.mean, device=pixels.device) * scale
+        inverse = 1.0 / (torch.tensor(spec.std, device=pixels.device) * scale)
+        if spec.size is not None and tuple(pixels.shape[2:]) != spec.size:
+            pixels = F.interpolate(pixels, size=spec.size, mode="bilinear", align_corners=False)
+        return (pixels - mean[:, None, None]) * inverse[:, None, None]
+
+    def output_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Shape of one image's features for images of height x width pixels: (C, h, w) or (C,)."""
+        parameter = next(iter([*self.parameters(), *self.buffers()]))
+        image = torch.zeros(1, height, width, self.input_spec.channels, device=parameter.device)
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                shape = self(self.preprocess(image)).shape[1:]
+        except RuntimeError as error:
+            raise ValueError(f"{type(self).__name__} cannot take {height}x{width} images: {error}") from error
+        finally:
+            self.train(training)
+        return tuple(shape)
+
+    def scale_outputs(self, factor: float) -> None:
+        """Multiplies the output by ``factor``, by scaling the weights of the last layers."""
+        if not self.output_layers:
+            raise ValueError(f"{type(self).__name__} has no layer that scales its output alone")
+        with torch.no_grad():
+            for name in self.output_layers:
+                for parameter in self.get_submodule(name).parameters():
+                    parameter.mul_(factor)
+
+    def load_tensors(self, tensors: Mapping[str, Tensor], source: str = "weights") -> None:
+        """Loads tensors by name, all of them and no others.
+
+        Raises:
+            ValueError: naming the tensors that are missing, unexpected or of another shape.
+        """
+        own = self.state_dict()
+        # Files from before BatchNorm counted its batches lack the counter; it does not enter the output.
+        missing = [k for k in own if k not in tensors and not k.endswith("num_batches_tracked")]
+        unexpected = [k for k in tensors if k not in own]
+        wrong = [
+            f"{k} {tuple(tensors[k].shape)} instead of {tuple(own[k].shape)}"
+            for k in own
+            if k in tensors and tensors[k].shape != own[k].shape
+        ]
+        faults = [
+            f"{kind}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
+            for kind, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
+            if names
+        ]
+        if faults:
+            raise ValueError(f"{source} does not fit {type(self).__name__}: " + "; ".join(faults))
+        self.load_state_dict({**own, **{k: v.to(own[k].dtype) for k, v in tensors.items()}})

@@ -1,10 +1,10 @@
 """Learning from an expert that can be asked anywhere: DAgger, and staying close to what was learned.
 
-DAgger (Ross et al. 2011) lets a mixture of expert and learner act and has the expert label every state that the
-mixture visits. The expert's part of the mixture falls from all to nothing, so that the learner ends up being
-corrected where it goes by itself. Labels are learned by cross-entropy in which the steps where the expert changes
-its action weigh more (inflection weighting, Wijmans et al. 2019). The critic learns the observed returns at the
-same time, so that PPO can take over the same policy with the same optimiser.
+DAgger (Ross et al. 2011) lets a mixture of expert and learner act and has the expert label every state that
+the mixture visits. The expert's part of the mixture falls from all to nothing, so that the learner ends up
+being corrected where it goes by itself. Labels are learned by cross-entropy in which the steps where the
+expert changes its action weigh more (inflection weighting, Wijmans et al. 2019). The critic learns the
+observed returns at the same time, so that PPO can take over the same policy with the same optimiser.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class ExpertMixture:
     def __init__(
         self, config: ImitationConfig, num_envs: int, stop_action: int | None, generator: torch.Generator
     ) -> None:
-        """``stop_action`` is the index of STOP, None where the policy has none; ``generator`` is on the CPU."""
+        """``stop_action`` is the index of STOP, None if there is none; ``generator`` is on the CPU."""
         self.config = config
         self.num_envs = num_envs
         self.stop_action = stop_action
@@ -104,7 +104,8 @@ def inflection_weights(expert: Tensor, episode_starts: Tensor, weight: float) ->
 def imitation_loss(
     logits: Tensor, expert: Tensor, episode_starts: Tensor, inflection_weight: float
 ) -> tuple[Tensor, Tensor]:
-    """Inflection-weighted cross-entropy, and the share of steps at which the likeliest action is the expert's.
+    """Inflection-weighted cross-entropy, and the share of steps at which the likeliest action is the
+    expert's.
 
     ``logits`` (T, B, A), ``expert`` (T, B) int64, ``episode_starts`` (T, B) bool; both results are scalars.
     """
@@ -123,8 +124,8 @@ def divergence(reference_logits: Tensor, logits: Tensor) -> Tensor:
 class Anchor:
     """The policy as imitation left it, run beside the learner to say what it would have done.
 
-    It shares the learner's frozen parameters and takes the frozen features that the learner has computed, so that
-    a step costs one pass of its trainable parts.
+    It shares the learner's frozen parameters and takes the frozen features that the learner has computed, so
+    that a step costs one pass of its trainable parts.
     """
 
     def __init__(self, policy: nn.Module, memory: Tensor) -> None:
@@ -133,7 +134,8 @@ class Anchor:
         shared[id(policy.optimizer)] = None
         self.policy = copy.deepcopy(policy, memo=shared)
         self.policy.requires_grad_(False)
-        # The line above reached the shared parameters too, which were frozen already: nothing changed for them.
+        # The line above reached the shared parameters too, which were frozen already: nothing changed for
+        # them.
         self.policy.set_training_mode(False)  # type: ignore[operator]
         self.memory = memory.clone()
 

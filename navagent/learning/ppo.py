@@ -1,9 +1,9 @@
 """Proximal policy optimisation (Schulman et al. 2017) on whole sequences, as a Stable-Baselines3 algorithm.
 
-What differs from :class:`stable_baselines3.PPO`: rollouts stay tensors on the device; the policy may have a memory,
-so a minibatch is whole sequences of some environments; features of a frozen encoder are stored with the rollout and
-handed back in the update; and an expert may teach first (:mod:`navagent.learning.imitation`). On a policy
-without memory and with one minibatch, an update is the same as Stable-Baselines3's.
+What differs from :class:`stable_baselines3.PPO`: rollouts stay tensors on the device; the policy may have a
+memory, so a minibatch is whole sequences of some environments; features of a frozen encoder are stored with
+the rollout and handed back in the update; and an expert may teach first (:mod:`navagent.learning.imitation`).
+On a policy without memory and with one minibatch, an update is the same as Stable-Baselines3's.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class PPO(OnPolicyAlgorithm):
     """PPO for policies with memory over frozen features, with an optional imitation phase before it.
 
     The policy class must be a Stable-Baselines3 policy that also has ``initial_memory``, ``act`` and
-    ``evaluate_sequences`` (see :class:`policies.actor_critic.NavigationPolicy`). Callbacks, loggers, ``save``,
-    ``load`` and ``predict`` are Stable-Baselines3's. A callback may also define ``on_update_end() -> bool``,
-    called after each update; returning False ends the training.
+    ``evaluate_sequences`` (see :class:`policies.actor_critic.NavigationPolicy`). Callbacks, loggers,
+    ``save``, ``load`` and ``predict`` are Stable-Baselines3's. A callback may also define ``on_update_end()
+    -> bool``, called after each update; returning False ends the training.
     """
 
     policy_aliases: ClassVar[dict[str, Any]] = {}
@@ -80,28 +80,20 @@ class PPO(OnPolicyAlgorithm):
 
         Args:
             policy: The policy class.
-            env: An SB3 VecEnv, stepped through its ``torch_env`` where it has one, or a Gymnasium environment.
-            learning_rate: Or a schedule of it, see :class:`navagent.learning.schedules.LearningRate`.
-            n_steps: Length of a rollout T; also how far gradients flow back through time.
-            n_minibatches: Into how many groups of environments a rollout is split.
-            n_epochs: Passes over each rollout.
-            gamma: Discount.
-            gae_lambda: Trade-off of the advantage estimate.
-            clip_range: How far the ratio of probabilities may go from 1.
-            clip_range_vf: How far the critic may move in one update; None for no limit.
-            normalize_advantage: Whether advantages get mean 0 and deviation 1 in each minibatch.
-            ent_coef: Weight of the entropy bonus.
-            vf_coef: Weight of the critic's loss.
-            max_grad_norm: Gradients are scaled down to at most this norm.
-            target_kl: An update stops early beyond 1.5 times this divergence; None for never.
-            feature_dtype: How frozen features are stored.
-            imitation: The expert's part; None for none.
-            stats_window_size: Over how many newest episodes measures are averaged.
-            tensorboard_log: Folder of TensorBoard logs.
-            policy_kwargs: Given to the policy class.
-            verbose: 0 for silent.
-            seed: Of the policy's start, its sampling and the order of minibatches.
-            device: Where everything lives.
+            env: An SB3 VecEnv, stepped through its ``torch_env`` where it has one, or a Gymnasium
+            environment. learning_rate: Or a schedule of it, see
+            :class:`navagent.learning.schedules.LearningRate`. n_steps: Length of a rollout T; also how far
+            gradients flow back through time. n_minibatches: Into how many groups of environments a rollout is
+            split. n_epochs: Passes over each rollout. gamma: Discount. gae_lambda: Trade-off of the advantage
+            estimate. clip_range: How far the ratio of probabilities may go from 1. clip_range_vf: How far the
+            critic may move in one update; None for no limit. normalize_advantage: Whether advantages get mean
+            0 and deviation 1 in each minibatch. ent_coef: Weight of the entropy bonus. vf_coef: Weight of the
+            critic's loss. max_grad_norm: Gradients are scaled down to at most this norm. target_kl: An update
+            stops early beyond 1.5 times this divergence; None for never. feature_dtype: How frozen features
+            are stored. imitation: The expert's part; None for none. stats_window_size: Over how many newest
+            episodes measures are averaged. tensorboard_log: Folder of TensorBoard logs. policy_kwargs: Given
+            to the policy class. verbose: 0 for silent. seed: Of the policy's start, its sampling and the
+            order of minibatches. device: Where everything lives.
         """
         self.n_minibatches = n_minibatches
         self.n_epochs = n_epochs
@@ -149,7 +141,8 @@ class PPO(OnPolicyAlgorithm):
             )
         if not 1 <= self.n_minibatches <= self.n_envs:
             raise ValueError(
-                f"n_minibatches {self.n_minibatches} must lie between 1 and the number of environments, {self.n_envs}"
+                f"n_minibatches {self.n_minibatches} must lie between 1 and the number of environments, "
+                f"{self.n_envs}"
             )
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
@@ -157,7 +150,7 @@ class PPO(OnPolicyAlgorithm):
         if self.clip_range_vf is not None:
             self.clip_range_vf = FloatSchedule(self.clip_range_vf)
         self.rollout_buffer = SequenceBuffer(self.n_steps, self.n_envs, self.device, self.feature_dtype)
-        self.policy = self.policy_class(
+        self.policy = self.policy_class(  # type: ignore[assignment]
             self.observation_space, self.action_space, self.lr_schedule, **self.policy_kwargs
         ).to(self.device)
         self.generator = torch.Generator().manual_seed(0 if self.seed is None else self.seed)
@@ -221,11 +214,13 @@ class PPO(OnPolicyAlgorithm):
         )
         if begins:
             observations: Any = self._last_obs
-            self._last_obs = {
+            tensors: Any = {
                 key: torch.tensor(value, device=self.device) for key, value in observations.items()
             }
-            self._last_episode_starts = torch.ones(self.n_envs, dtype=torch.bool, device=self.device)  # type: ignore[assignment]
-            self._memory = self.policy.initial_memory(self.n_envs).to(self.device)  # type: ignore[operator]
+            starts: Any = torch.ones(self.n_envs, dtype=torch.bool, device=self.device)
+            policy: Any = self.policy
+            self._last_obs, self._last_episode_starts = tensors, starts
+            self._memory = policy.initial_memory(self.n_envs).to(self.device)
         return answer
 
     def learn(
@@ -245,7 +240,7 @@ class PPO(OnPolicyAlgorithm):
         assert self.env is not None
         iteration = 0
         while self.num_timesteps < total_timesteps:
-            if not self.collect_rollouts(self.env, callback, self.rollout_buffer, self.n_steps):  # type: ignore[arg-type]
+            if not self.collect_rollouts(self.env, callback, self.rollout_buffer, self.n_steps):
                 break
             iteration += 1
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
@@ -326,8 +321,9 @@ class PPO(OnPolicyAlgorithm):
 
     def _values(self, observations: dict[str, Tensor], memory: Tensor, starts: Tensor) -> Tensor:
         """The critic's estimates (M,) before a step."""
+        policy: Any = self.policy
         with torch.inference_mode():
-            answer = self.policy.act(observations, memory, starts, deterministic=True)  # type: ignore[operator]
+            answer = policy.act(observations, memory, starts, deterministic=True)
         return answer[1].clone()
 
     def _remember(self, episodes: list[dict[str, float]]) -> None:
@@ -394,7 +390,7 @@ class PPO(OnPolicyAlgorithm):
     def _ppo_objective(
         self, values: Tensor, log_probs: Tensor, entropy: Tensor, logits: Tensor, batch: SequenceBatch
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """PPO's loss of one minibatch, and what to log; ``values``, ``log_probs`` and ``entropy`` are (T, B)."""
+        """PPO's loss of one minibatch, and what to log; the policy's answers are (T, B)."""
         advantages = batch.advantages
         if self.normalize_advantage and advantages.numel() > 1:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
@@ -434,12 +430,13 @@ class PPO(OnPolicyAlgorithm):
             return
         parts = ", ".join(f"{name} {value.item():g}" for name, value in record.items())
         raise FloatingPointError(
-            f"the loss is not finite after {self.num_timesteps} frames ({parts}); the policy was not changed by "
-            "this minibatch. Lower the learning rate or max_grad_norm, or look for infinite rewards or observations"
+            f"the loss is not finite after {self.num_timesteps} frames ({parts}); the policy was not changed "
+            "by this minibatch. Lower the learning rate or max_grad_norm, or look for infinite rewards or "
+            "observations"
         )
 
     def dump_logs(self, iteration: int = 0) -> None:
-        """Writes the newest measures: means over the newest episodes, times by stage, and the update's losses."""
+        """Writes means over the newest episodes, times by stage, and the update's losses."""
         elapsed = max((time.time_ns() - self.start_time) / 1e9, 1e-9)
         frames = self.num_timesteps - self._num_timesteps_at_start
         stages = sum(self.stage_seconds.values())

@@ -81,8 +81,8 @@ class SequenceBatch:
 class SequenceBuffer:
     """A rollout of ``num_steps`` steps of ``num_envs`` environments.
 
-    Storage is allocated once, at the first step, with the shapes and types that the environment and the policy
-    really use (an image stays uint8), and is reused by every later rollout.
+    Storage is allocated once, at the first step, with the shapes and types that the environment and the
+    policy really use (an image stays uint8), and is reused by every later rollout.
     """
 
     def __init__(
@@ -161,9 +161,9 @@ class SequenceBuffer:
         self._store("episode_starts", episode_starts, torch.bool)
         self._store("values", values, torch.float32)
         self._store("log_probs", log_probs, torch.float32)
-        for name, value in (("expert_actions", expert_actions), ("reference_logits", reference_logits)):
-            if value is not None:
-                self._store(name, value)
+        for name, optional in (("expert_actions", expert_actions), ("reference_logits", reference_logits)):
+            if optional is not None:
+                self._store(name, optional)
                 self._optional[name] = True
         self.length += 1
 
@@ -176,7 +176,7 @@ class SequenceBuffer:
         return self._blocks[name]
 
     def finish(self, last_values: Tensor, last_dones: Tensor, gamma: float, gae_lambda: float) -> None:
-        """Computes advantages and returns; ``last_values`` (N,) and ``last_dones`` (N,) follow the last step."""
+        """Computes advantages and returns; ``last_values`` and ``last_dones`` (N,) follow the last step."""
         if not self.full:
             raise RuntimeError(f"the rollout holds {self.length} of its {self.num_steps} steps")
         values = self._blocks["values"]
@@ -198,8 +198,8 @@ class SequenceBuffer:
         """
         if not 1 <= count <= self.num_envs:
             raise ValueError(
-                f"num_minibatches {count} must lie between 1 and the number of environments, {self.num_envs}: "
-                "a minibatch is made of whole sequences"
+                f"num_minibatches {count} must lie between 1 and the number of environments, "
+                f"{self.num_envs}: a minibatch is made of whole sequences"
             )
         if self.advantages is None:
             raise RuntimeError("call finish() before minibatches()")
@@ -272,9 +272,10 @@ class TensorEnv(Protocol):
 
 
 class TorchVectorEnv:
-    """A :class:`gymnasium.vector.VectorEnv` that returns tensors and resets within the step, as a TensorEnv.
+    """A :class:`gymnasium.vector.VectorEnv` of tensors that resets within the step, as a TensorEnv.
 
-    Episodes' measures come from ``infos["episode"]`` (tensors (N,) by name) where ``infos["_episode"]`` is true.
+    Episodes' measures come from ``infos["episode"]`` (tensors (N,) by name) where ``infos["_episode"]`` is
+    true.
     """
 
     def __init__(self, env: Any, device: torch.device) -> None:

@@ -45,8 +45,8 @@ class LearningRate:
 class PathLengthCurriculum:
     """Short paths first: the longest geodesic distance to a goal grows while training goes on.
 
-    ``linear`` grows it evenly over the first ``frames`` frames. ``success`` multiplies it by ``growth`` whenever
-    the share of successful episodes since it last grew reaches ``threshold``.
+    ``linear`` grows it evenly over the first ``frames`` frames. ``success`` multiplies it by ``growth``
+    whenever the share of successful episodes since it last grew reaches ``threshold``.
     """
 
     def __init__(

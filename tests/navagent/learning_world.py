@@ -15,8 +15,9 @@ from torch import Tensor, nn
 class LineWorld:
     """Agents on a line must walk to a goal and stop there: a torch vector environment with SAME_STEP resets.
 
-    Actions as in PointNav: 0 stops, 1 steps right, 2 steps left, 3 does nothing. Observations: ``offset`` (N, 2)
-    goal minus position and a recognisable number (environment plus step / 1000), ``image`` (N, 4, 4, 3) uint8.
+    Actions as in PointNav: 0 stops, 1 steps right, 2 steps left, 3 does nothing. Observations: ``offset`` (N,
+    2) goal minus position and a recognisable number (environment plus step / 1000), ``image`` (N, 4, 4, 3)
+    uint8.
     """
 
     def __init__(self, num_envs: int = 4, max_steps: int = 12, span: int = 4, seed: int = 0) -> None:

@@ -144,7 +144,7 @@ def test_a_heavy_anchor_keeps_the_policy_where_imitation_left_it():
 def test_wrong_settings_are_refused_by_name():
     with pytest.raises(ValueError, match="mixing 'random' is not one of episode, step"):
         ImitationConfig(mixing="random")
-    with pytest.raises(ValueError, match="mixing_fraction 1.5 must lie between 0 and 1"):
+    with pytest.raises(ValueError, match=r"mixing_fraction 1\.5 must lie between 0 and 1"):
         ImitationConfig(mixing_fraction=1.5)
-    with pytest.raises(ValueError, match="inflection_weight 0.0 must be greater than 0"):
+    with pytest.raises(ValueError, match=r"inflection_weight 0\.0 must be greater than 0"):
         ImitationConfig(inflection_weight=0.0)

@@ -8,6 +8,7 @@ in one line what each is for; whatever does not fit is refused by name before an
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -118,27 +119,32 @@ class SensorsConfig:
 
 @dataclass
 class EncoderConfig:
-    """The frozen perception network."""
+    """The perception network, before it is adapted."""
 
-    name: str = setting("fcn5_small", "name of the encoder family in policies/encoders")
-    weights: str = setting("default", "'default' (those that ship), 'random', or a .safetensors file")
+    name: str = setting(
+        "fcn5_small",
+        "network family in policies/encoders",
+        choices=("fcn3", "fcn4", "fcn5", "fcn5_small", "fcn8", "resnet44"),
+    )
+    weights: str = setting(
+        "default", "pre-trained weights: 'default' (shipped for fcn5_small), 'random', or a file"
+    )
 
 
 @dataclass
 class AdaptationConfig:
     """How the frozen encoder is adapted."""
 
-    name: str = setting(
-        "sidetune",
-        "the method",
-        choices=("sidetune", "features", "finetune", "scratch"),
+    name: str = setting("sidetune", "the method", choices=("sidetune", "features", "finetune", "scratch"))
+    alpha: float = setting(0.5, "sidetune: initial weight of the base in the blend", at_least=0, at_most=1)
+    learn_alpha: bool = setting(True, "sidetune: alpha is learned")
+    side_encoder: str | None = setting(None, "sidetune: family of the side network; null for the base's")
+    side_init: str = setting(
+        "copy",
+        "sidetune: how the side network starts",
+        choices=("copy", "distilled", "random", "low_energy"),
     )
-    side_encoder: str = setting("fcn5_small", "network of the side branch (sidetune)")
-    side_weights: str = setting(
-        "base", "start of the side branch (sidetune): 'base' (its copy), 'random', or a .safetensors file"
-    )
-    alpha_init: float = setting(0.5, "initial weight of the base in the blend (sidetune)", above=0, below=1)
-    learn_alpha: bool = setting(True, "alpha is learned (sidetune)")
+    side_weights: str | None = setting(None, "sidetune: file of a side network distilled from the base")
 
 
 @dataclass
@@ -167,7 +173,9 @@ class AlgorithmConfig:
     num_minibatches: int = setting(4, "parts that a rollout is learned in", at_least=1)
     epochs: int = setting(2, "passes over a rollout", at_least=1, at_most=1000)
     learning_rate: float = setting(2.5e-4, "Adam's step size", above=0, at_most=1)
-    linear_decay: bool = setting(True, "the learning rate falls linearly to 0")
+    learning_rate_schedule: str = setting(
+        "linear", "how the learning rate falls to 0", choices=("constant", "linear", "cosine")
+    )
     weight_decay: float = setting(0.0, "weight decay; alpha never has any", at_least=0, at_most=1)
     gamma: float = setting(0.99, "discount of the reward", at_least=0, at_most=1)
     gae_lambda: float = setting(0.95, "lambda of the generalised advantage estimate", at_least=0, at_most=1)
@@ -175,11 +183,21 @@ class AlgorithmConfig:
     ent_coef: float = setting(0.01, "weight of the entropy bonus", at_least=0)
     vf_coef: float = setting(0.5, "weight of the value loss", at_least=0)
     max_grad_norm: float = setting(0.5, "gradients are clipped to this norm", above=0)
-    imitation_frames: int = setting(0, "frames of expert warm-up before PPO; 0 is none", at_least=0)
-    curriculum: bool = setting(True, "path lengths grow with training")
-    curriculum_start: float = setting(3.0, "longest path at the start of the curriculum [m]", above=0)
+    target_kl: float | None = setting(None, "an update stops early beyond 1.5 times this divergence", above=0)
+    imitation_frames: int = setting(0, "frames in which the expert teaches before PPO; 0 is none", at_least=0)
+    imitation_mixing: float = setting(
+        0.5, "share of them over which the expert's part of the acting falls to 0", at_least=0, at_most=1
+    )
+    inflection_weight: float = setting(
+        2.0, "weight of steps at which the expert changes its action; others weigh 1", above=0
+    )
+    anchor_coef: float = setting(0.0, "PPO's pull towards the imitated policy, at first", at_least=0)
+    anchor_frames: int = setting(0, "frames of PPO over which that pull falls to 0", at_least=0)
+    curriculum: str = setting("linear", "how the longest path grows", choices=("none", "linear", "success"))
+    curriculum_start: float = setting(3.0, "longest path at first [m]", above=0)
+    curriculum_end: float = setting(30.0, "longest path at last [m]", above=0)
     curriculum_fraction: float = setting(
-        0.5, "share of the training over which paths grow to full length", above=0, at_most=1
+        0.5, "share of the training over which it grows (linear)", above=0, at_most=1
     )
 
 
@@ -235,7 +253,7 @@ class Setting:
     name: str
     """Dotted name, as the command line takes it."""
     type: Any
-    """int, float, bool, str or ``str | None``."""
+    """int, float, bool or str, or one of them ``| None``."""
     default: Any
     help: str
     choices: tuple[str, ...]
@@ -286,8 +304,8 @@ def _convert(name: str, kind: Any, value: Any) -> Any:
         int: "a whole number, like 2000000 or 2e6",
         float: "a number",
         bool: "true or false",
-        str: "text" + (" or null" if optional else ""),
-    }[kind]
+        str: "text",
+    }[kind] + (" or null" if optional else "")
     wrong = ConfigError(f"{name}={value} does not fit: expected {expected}")
     if kind is str:
         if not isinstance(value, str) or not value:
@@ -302,20 +320,23 @@ def _convert(name: str, kind: Any, value: Any) -> Any:
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise wrong
-    try:
-        # Text also comes from YAML 1.1 readers, which take 1e-4 for it. An integer is kept exact.
-        number = value if isinstance(value, int) else float(value)
-    except ValueError:
-        raise wrong from None
+    number: float = math.nan
+    for reader in (int, float):
+        # Text also comes from YAML 1.1 readers, which take 1e-4 for it. Whole numbers stay exact.
+        with contextlib.suppress(ValueError):
+            number = value if not isinstance(value, str) else reader(value)
+            break
     if not math.isfinite(number) or (kind is int and number != int(number)):
         raise wrong
     return kind(number)
 
 
 def _check_range(name: str, value: Any, limits: Mapping[str, Any]) -> None:
+    if value is None:
+        return
     if limits["choices"] and value not in limits["choices"]:
         raise ConfigError(
-            f"{name}={value!r} is not one of {', '.join(limits['choices'])}"
+            f"{name}={value} is not one of {', '.join(limits['choices'])}"
             + nearest(str(value), limits["choices"])
         )
     for word, holds in (
@@ -326,7 +347,7 @@ def _check_range(name: str, value: Any, limits: Mapping[str, Any]) -> None:
     ):
         if limits[word] is not None and not holds(limits[word]):
             raise ConfigError(
-                f"{name}={value!r} is out of range: expected {word.replace('_', ' ')} {limits[word]}"
+                f"{name}={value} is out of range: expected {word.replace('_', ' ')} {limits[word]}"
             )
 
 
@@ -370,17 +391,30 @@ def _check_together(config: TrainConfig) -> None:
     ):
         if value is not None and value not in words and not Path(value).expanduser().is_dir():
             raise ConfigError(
-                f"{name}={value!r} is not a folder"
+                f"{name}={value} is not a folder"
                 + (f"{nearest(value, words)} (or leave it 'generated')" if words else "")
             )
-    for name, value, words in (
-        ("encoder.weights", config.encoder.weights, ("default", "random")),
-        ("adaptation.side_weights", config.adaptation.side_weights, ("base", "random")),
-    ):
-        if value not in words and not Path(value).expanduser().is_file():
-            raise ConfigError(
-                f"{name}={value!r} is neither a file nor one of {', '.join(words)}{nearest(value, words)}"
-            )
+    adaptation = config.adaptation
+    if config.encoder.weights not in ("default", "random"):
+        _check_file("encoder.weights", config.encoder.weights, ("default", "random"))
+    if (adaptation.side_init == "distilled") != (adaptation.side_weights is not None):
+        raise ConfigError(
+            f"adaptation.side_init={adaptation.side_init} with adaptation.side_weights="
+            f"{adaptation.side_weights}: 'distilled' needs a file of weights, and the others take none"
+        )
+    if adaptation.side_weights is not None:
+        _check_file("adaptation.side_weights", adaptation.side_weights, ())
+    if algorithm.curriculum_end < algorithm.curriculum_start:
+        raise ConfigError(
+            f"algorithm.curriculum_end={algorithm.curriculum_end} is less than algorithm.curriculum_start="
+            f"{algorithm.curriculum_start}"
+        )
+
+
+def _check_file(name: str, value: str, words: tuple[str, ...]) -> None:
+    if not Path(value).expanduser().is_file():
+        known = f", nor one of {', '.join(words)}{nearest(value, words)}" if words else ""
+        raise ConfigError(f"{name}={value} is not a file{known}")
 
 
 def _checked_override(override: str) -> str:
@@ -407,7 +441,7 @@ def _checked_override(override: str) -> str:
         return override
     if name not in leaves:
         raise ConfigError(f"there is no setting {name}{nearest(name, [*GROUPS, *leaves])} ({SEE_ALL})")
-    if value == "null" and leaves[name].type is not str:
+    if value == "null" and isinstance(leaves[name].type, types.UnionType):
         return f"++{name}=null"
     # Hydra's grammar: a backslash means itself, except in front of a quote.
     escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + (match[2] and "\\'"), value)
@@ -444,40 +478,36 @@ def load_config(overrides: Sequence[str] = ()) -> TrainConfig:
         ConfigError: on an unknown name (with the nearest right one), a wrong type or range, a missing file.
     """
     checked = [_checked_override(override) for override in overrides]
-    values = _compose(checked)
-    config = _build(TrainConfig, values)
+    config = _build(TrainConfig, _compose(checked))
     if config.resume is not None:
-        config = _resumed(config, values, overrides)
+        config = _resumed(config, overrides)
     _check_together(config)
     return config
 
 
-MAY_CHANGE_ON_RESUME = ("device", "num_threads", "resume", "algorithm.total_frames", "algorithm.max_minutes")
+MAY_CHANGE_ON_RESUME = ("device", "num_threads", "algorithm.total_frames", "algorithm.max_minutes")
 """Settings that a resumed run may have otherwise, with everything under evaluation and checkpoint."""
 
 
-def _resumed(asked: TrainConfig, values: Mapping[str, Any], overrides: Sequence[str]) -> TrainConfig:
+def _resumed(asked: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
     """The saved settings of the run ``asked.resume``, with what the command line sets by name on top."""
     folder = Path(typing.cast(str, asked.resume)).expanduser()
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"resume={asked.resume!r} is not the folder of a run: it has no config.yaml")
     saved = read_config(folder / "config.yaml")
     names = {override.partition("=")[0].strip() for override in overrides}
-    defaults = flatten(_build(TrainConfig, _compose([]))) if "experiment" in names else {}
+    if "run_dir" in names:
+        raise ConfigError(f"run_dir cannot be given with resume, which goes on in {asked.resume}")
     old, new = flatten(saved), flatten(asked)
     for name, value in new.items():
-        named = name in names or name.partition(".")[0] in names
-        by_experiment = bool(defaults) and value != defaults[name]
-        if not (named or by_experiment) or value == old[name]:
+        # An experiment speaks for every setting: the command is then the whole of what was asked for.
+        named = name in names or name.partition(".")[0] in names or "experiment" in names
+        if not named or value == old[name] or name in ("run_dir", "resume"):
             continue
-        if name == "run_dir":
-            raise ConfigError(
-                f"run_dir={value!r} cannot be given with resume, which goes on in {asked.resume!r}"
-            )
         if name not in MAY_CHANGE_ON_RESUME and name.partition(".")[0] not in ("evaluation", "checkpoint"):
             raise ConfigError(
-                f"{name}={value!r} differs from the resumed run's {old[name]!r}: the rest of the run would "
-                f"be another experiment; leave it out, or start a new run without resume"
+                f"{name}={value} differs from the resumed run's {old[name]}: the rest of the run would be "
+                f"another experiment; leave it out, or start a new run without resume"
             )
         old[name] = value
     old["run_dir"], old["resume"] = str(folder), str(folder)

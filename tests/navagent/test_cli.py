@@ -1,0 +1,149 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from navagent.cli import VERBS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def navagent(*arguments, cwd, **environment):
+    """Runs the command in a process of its own, as a user does."""
+    return subprocess.run(
+        [sys.executable, "-m", "navagent", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "NAVAGENT_DEBUG": "0", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_help_teaches_and_imports_nothing_heavy(tmp_path):
+    code = (
+        "import sys; from navagent.cli import main; status = main(['--help']);"
+        "print([name for name in ('torch', 'warp', 'numpy', 'hydra') if name in sys.modules]);"
+        "sys.exit(status)"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.endswith("[]\n")
+    assert "navagent train experiment=quick" in answer.stdout
+    for verb in VERBS:
+        assert f"\n  {verb} " in answer.stdout
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_every_verb_has_help_with_an_example(verb, tmp_path):
+    answer = navagent(verb, "--help", cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert f"navagent {verb}" in answer.stdout
+    assert "example" in answer.stdout
+
+
+def test_version_is_the_distributions(tmp_path):
+    answer = navagent("--version", cwd=tmp_path)
+    assert answer.returncode == 0
+    assert answer.stdout.startswith("navagent ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "there is no verb 'trian'; did you mean 'train'?"),
+        (["train", "adaptation=finetun"], "did you mean 'finetune'?"),
+        (["train", "algorithm.total_frames=many"], "algorithm.total_frames=many does not fit"),
+        (["train", "--algorithm.gamma=0.9"], "settings are written without dashes: algorithm.gamma=0.9"),
+        (["train", "--show-confg"], "did you mean '--show-config'?"),
+        (["evaluate"], "required: RUN"),
+        (["evaluate", "no-such-run"], "no-such-run"),
+        (["evaluate", "x", "--episode", "3"], "did you mean --episodes?"),
+        (["evaluate", "x", "--episodes", "three"], "invalid int value: 'three'"),
+    ],
+)
+def test_bad_input_is_one_message_and_status_2(arguments, message, tmp_path):
+    answer = navagent(*arguments, cwd=tmp_path)
+    assert answer.returncode == 2
+    assert message in answer.stderr
+    assert answer.stderr.startswith("navagent: ")
+    assert "Traceback" not in answer.stderr
+    assert answer.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_debug_shows_where_an_error_came_from(tmp_path):
+    answer = navagent("train", "adaptation=finetun", cwd=tmp_path, NAVAGENT_DEBUG="1")
+    assert "Traceback" in answer.stderr
+
+
+def test_show_config_prints_the_settings_asked_for_and_stops(tmp_path):
+    answer = navagent("train", "algorithm.total_frames=2e6", "--show-config", cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert "total_frames: 2000000\n" in answer.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path):
+    command = f"'{sys.executable}' -m navagent train --help | head -n 1"
+    answer = subprocess.run(
+        command,
+        shell=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert answer.stdout.startswith("usage: navagent train")
+    assert answer.stderr == ""
+
+
+@pytest.mark.parametrize("name", ["envs", "policies", "configs"])
+@pytest.mark.parametrize("file", ["{}/__init__.py", "{}.py"])
+def test_a_users_own_package_of_our_name_is_named(name, file, tmp_path):
+    path = tmp_path / file.format(name)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("raise RuntimeError('imported')")
+    answer = navagent("train", "--show-config", cwd=tmp_path)
+    assert answer.returncode == 2
+    assert "Traceback" not in answer.stderr
+    assert f"hides navagent's own package {name!r}" in answer.stderr
+    assert str(tmp_path / name) in answer.stderr
+    script = subprocess.run(
+        [sys.executable, "-c", "import navagent.config"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert f"ShadowedPackageError: {path if file == '{}.py' else path.parent} hides" in script.stderr
+
+
+@pytest.mark.parametrize("name", ["envs", "policies", "configs"])
+def test_a_users_plain_folder_of_our_name_does_no_harm(name, tmp_path):
+    """A folder without ``__init__.py`` only stands in for a package that is found nowhere else."""
+    (tmp_path / name).mkdir()
+    answer = navagent("train", "--show-config", cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+
+
+def test_interrupt_is_status_130(monkeypatch, capsys):
+    from navagent import cli
+
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.VERBS, "train", (interrupted, ""))
+    assert cli.main(["train"]) == 130
+    assert capsys.readouterr().err == "stopped\n"

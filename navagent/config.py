@@ -129,6 +129,7 @@ class EncoderConfig:
     weights: str = setting(
         "default", "pre-trained weights: 'default' (shipped for fcn5_small), 'random', or a file"
     )
+    image_features: int = setting(256, "length of the vector that an image becomes", at_least=1, at_most=8192)
 
 
 @dataclass

@@ -263,16 +263,13 @@ class NavMesh:
         )
         _check_tile(tile, "the mesh")
         tile = replace(tile, tree=_build_tree(tile))
-        # Recast's grid covers the bounds with whole cells, and Habitat's tile is that grid.
-        cells = np.floor((bounds[1] - bounds[0]) / settings.cell_size + 0.5)
+        # A mesh of one tile has a grid of one cell, as Detour makes it.
+        size = bounds[1] - bounds[0]
         return cls(
             settings=settings,
             tiles=(tile,),
             origin=(float(bounds[0, 0]), float(bounds[0, 1]), float(bounds[0, 2])),
-            tile_size=(
-                max(float(bounds[1, 0] - bounds[0, 0]), float(cells[0]) * settings.cell_size),
-                max(float(bounds[1, 2] - bounds[0, 2]), float(cells[2]) * settings.cell_size),
-            ),
+            tile_size=(float(size[0]), float(size[2])),
             max_tiles=1,
             max_polygons=len(polygons),
         )

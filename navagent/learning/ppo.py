@@ -8,12 +8,14 @@ On a policy without memory and with one minibatch, an update is the same as Stab
 
 from __future__ import annotations
 
+import random
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
@@ -334,6 +336,65 @@ class PPO(OnPolicyAlgorithm):
             self.ep_info_buffer.append(episode)
             if "success" in episode:
                 self.ep_success_buffer.append(episode["success"])
+
+    def training_state(self) -> dict[str, Any]:
+        """Everything that decides how training goes on, as nested tensors and plain values.
+
+        Meant for the moment between an update and the next rollout: rollouts are not part of it.
+        """
+        assert self._tensor_env is not None
+        return {
+            "frames": self.num_timesteps,
+            "updates": self._n_updates,
+            "policy": self.policy.state_dict(),
+            "optimizer": self.policy.optimizer.state_dict(),
+            "anchor": self.anchor.state_dict() if self.anchor else None,
+            "memory": self._memory,
+            "observations": self._last_obs,
+            "episode_starts": self._last_episode_starts,
+            "expert_acts": self.mixture.expert_acts,
+            "recent_episodes": list(self.recent_episodes),
+            "environment": self._tensor_env.state_dict(),
+            "random": {
+                "minibatches": self.generator.get_state(),
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+                "numpy": np.random.get_state(),
+                "python": random.getstate(),
+            },
+        }
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Goes on from :meth:`training_state`; then call ``learn`` with ``reset_num_timesteps=False``.
+
+        Raises KeyError, TypeError, ValueError or RuntimeError if the state is of another agent or
+        environment.
+        """
+        assert self.env is not None
+        self._tensor_env = tensor_env(self.env, self.device)
+        self.policy.load_state_dict(state["policy"])
+        self.policy.optimizer.load_state_dict(state["optimizer"])
+        self.num_timesteps = int(state["frames"])
+        self._n_updates = int(state["updates"])
+        self._memory = state["memory"].to(self.device)
+        self._last_obs = {key: value.to(self.device) for key, value in state["observations"].items()}
+        self._last_episode_starts = state["episode_starts"].to(self.device)
+        self.anchor = None
+        if state["anchor"] is not None:
+            self.anchor = Anchor(self.policy, self._memory)
+            self.anchor.load_state_dict(state["anchor"])
+            self.anchor.memory = self.anchor.memory.to(self.device)
+        self.mixture.expert_acts = state["expert_acts"]
+        self.recent_episodes.clear()
+        self.recent_episodes.extend(state["recent_episodes"])
+        self._tensor_env.load_state_dict(state["environment"])
+        generators = state["random"]
+        self.generator.set_state(generators["minibatches"])
+        torch.set_rng_state(generators["torch"])
+        if self.device.type == "cuda" and generators["cuda"]:
+            torch.cuda.set_rng_state_all(generators["cuda"])
+        np.random.set_state(generators["numpy"])
+        random.setstate(generators["python"])
 
     def train(self) -> None:
         """Updates the policy on the newest rollout: by PPO, or by the expert's labels while imitating."""

@@ -270,6 +270,12 @@ class TensorEnv(Protocol):
     def expert_actions(self) -> Tensor:
         """What an expert would do now: (N,) int64."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` needs to go on from here."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a saved state."""
+
 
 class TorchVectorEnv:
     """A :class:`gymnasium.vector.VectorEnv` of tensors that resets within the step, as a TensorEnv.
@@ -322,6 +328,14 @@ class TorchVectorEnv:
         """See :class:`TensorEnv`."""
         return self.env.expert_actions().to(self.device)
 
+    def state_dict(self) -> dict[str, Any]:
+        """See :class:`TensorEnv`."""
+        return self.env.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See :class:`TensorEnv`."""
+        self.env.load_state_dict(state)
+
 
 class NumpyVectorEnv:
     """Any Stable-Baselines3 VecEnv with a Dict observation space, as a TensorEnv."""
@@ -363,6 +377,17 @@ class NumpyVectorEnv:
         """Asks the environment's own ``expert_actions``, if it has one."""
         answers = self.env.env_method("expert_actions")
         return torch.as_tensor(np.asarray(answers), dtype=torch.int64, device=self.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Refuses: a plain VecEnv cannot say where it is."""
+        raise TypeError(
+            f"{type(self.env).__name__} cannot save its state, so training on it cannot be resumed exactly: "
+            "use an environment with a torch_env"
+        )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Refuses, like :meth:`state_dict`."""
+        self.state_dict()
 
 
 def tensor_env(env: VecEnv, device: torch.device) -> TensorEnv:

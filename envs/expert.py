@@ -1,0 +1,115 @@
+"""The expert: follows the shortest path with discrete actions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from envs.sensors import in_agent_frame
+from envs.simulators.base import Action, AgentSpec, PathQueries
+
+_COLLISION_COST = 0.25  # of one forward step's progress; a collision is worse than a slightly longer way
+_TURN_COST = 0.0125  # of one forward step's progress; among equal ways the one with fewer turns
+_SIDEWAYS = 2  # turns to either side of the bearing that are tried out
+_ENOUGH = 0.5  # of a step's length; a move that gains less sends the search all around
+_NEAR_CORNER = 0.05  # [m] a corner this close counts as reached
+
+
+class ShortestPathFollower:
+    """Chooses, for a batch of agents, the action that follows the shortest path to the goal best.
+
+    In the manner of Habitat's ``GreedyGeodesicFollower``: a number of turns and then a move forward is tried
+    out on the navigation mesh, and the one that shortens the geodesic distance most wins. Where Habitat tries
+    every direction, this looks only about the bearing of the path's next corner, and all around only where
+    nothing there helps; so it labels thousands of frames a second. It keeps no state: any agent, any time.
+
+    Args:
+        paths: queries on the resident scenes.
+        agent: step length, turn angle and sliding.
+        goal_radius: stop is the action strictly within this geodesic distance of the goal [m].
+    """
+
+    def __init__(self, paths: PathQueries, agent: AgentSpec, goal_radius: float = 0.2) -> None:
+        self.paths = paths
+        self.agent = agent
+        self.goal_radius = goal_radius
+        self._turn = math.radians(agent.turn_angle_deg)
+        self._half_circle = math.ceil(math.pi / self._turn - 1e-6)
+
+    def actions(
+        self, scene: Tensor, position: Tensor, yaw: Tensor, goal: Tensor, active: Tensor | None = None
+    ) -> Tensor:
+        """The best action of each agent: (N,) int64, :class:`~envs.simulators.base.Action`.
+
+        Args:
+            scene: (N,) int64.
+            position: (N, 3) [m].
+            yaw: (N,) [rad].
+            goal: (N, 3) [m].
+            active: agents that need an action, all when None: (N,) bool. The others get stop, and so do
+                agents from which no path leads to the goal.
+        """
+        distance = self.paths.geodesic_distance(scene, position, goal)
+        actions = torch.full_like(scene, int(Action.STOP))
+        walking = torch.isfinite(distance) & (distance >= self.goal_radius)
+        if active is not None:
+            walking &= active
+        rows = torch.nonzero(walking).squeeze(1)
+        if rows.numel():
+            turns = self._turns(scene[rows], position[rows], yaw[rows], goal[rows], distance[rows])
+            ahead = torch.full_like(turns, int(Action.MOVE_FORWARD))
+            left, right = torch.full_like(turns, int(Action.TURN_LEFT)), int(Action.TURN_RIGHT)
+            actions[rows] = torch.where(turns == 0, ahead, torch.where(turns > 0, left, right))
+        return actions
+
+    def _turns(self, scene: Tensor, position: Tensor, yaw: Tensor, goal: Tensor, distance: Tensor) -> Tensor:
+        """How many turns to the left should come before the next move forward: (M,) int64."""
+        turns = torch.round(self._bearing(scene, position, yaw, goal) / self._turn).long()
+        # While the way ahead is still further round than what is tried out, the next action is clear.
+        rows = torch.nonzero(turns.abs() <= _SIDEWAYS).squeeze(1)
+        if rows.numel():
+            tried = turns[rows, None] + torch.arange(-_SIDEWAYS, _SIDEWAYS + 1, device=turns.device)
+            best, gain = self._best(tried, scene[rows], position[rows], yaw[rows], goal[rows], distance[rows])
+            turns[rows] = best
+            rows = rows[gain < _ENOUGH * self.agent.forward_step]
+        if rows.numel():
+            around = torch.arange(-self._half_circle, self._half_circle + 1, device=turns.device)
+            tried = around.expand(rows.numel(), -1)
+            turns[rows], _ = self._best(
+                tried, scene[rows], position[rows], yaw[rows], goal[rows], distance[rows]
+            )
+        return turns
+
+    def _bearing(self, scene: Tensor, position: Tensor, yaw: Tensor, goal: Tensor) -> Tensor:
+        """Angle to the left at which the path's next corner lies: (M,) [rad]."""
+        corners, count = self.paths.path(scene, position, goal, max_points=8)
+        offset = corners - position[:, None]
+        far = torch.hypot(offset[..., 0], offset[..., 2]) > _NEAR_CORNER
+        far &= torch.arange(corners.shape[1], device=corners.device) < count[:, None]
+        # argmax finds the first; where no corner is far, the last one must do.
+        first = torch.where(far.any(1), far.int().argmax(1), (count - 1).clamp(min=0))
+        corner = corners[torch.arange(len(first), device=first.device), first]
+        ahead, right = in_agent_frame(corner, position, yaw)
+        return -torch.atan2(right, ahead)
+
+    def _best(
+        self, turns: Tensor, scene: Tensor, position: Tensor, yaw: Tensor, goal: Tensor, distance: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The best of the turns (M, K) before a move: (M,) int64, and how much nearer it leads: (M,) [m]."""
+        step = self.agent.forward_step
+        count = turns.shape[1]
+        heading = yaw[:, None] + turns * self._turn
+        move = (
+            torch.stack([-torch.sin(heading), torch.zeros_like(heading), -torch.cos(heading)], dim=-1) * step
+        )
+        start = position[:, None].expand_as(move).reshape(-1, 3)
+        scenes = scene.repeat_interleave(count)
+        end = self.paths.try_step(scenes, start, start + move.reshape(-1, 3), self.agent.allow_sliding)
+        collided = ((end - start).norm(dim=1) + 1e-5 < step).reshape_as(turns)
+        after = self.paths.geodesic_distance(scenes, end, goal.repeat_interleave(count, dim=0))
+        gain = distance[:, None] - after.reshape_as(heading)
+        score = gain / step - _COLLISION_COST * collided - _TURN_COST * turns.abs()
+        chosen = score.argmax(dim=1, keepdim=True)
+        return turns.gather(1, chosen).squeeze(1), gain.gather(1, chosen).squeeze(1)

@@ -1,0 +1,100 @@
+"""Runs an agent through episodes, each exactly once, and keeps what came of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+from numpy.typing import NDArray
+
+from envs.vector_env import PointNavVectorEnv
+from navagent.evaluation.agents import Agent
+from navagent.evaluation.results import EpisodeResult
+
+
+def evaluate_agent(
+    env: PointNavVectorEnv,
+    agent: Agent,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[EpisodeResult]:
+    """Evaluates ``agent`` on every episode of ``env``'s sampler.
+
+    The result does not depend on the order in which the batch happens to finish episodes, except through the
+    random numbers that agents draw.
+
+    Args:
+        env: hands out each episode once (``EpisodeSampler(mode="once")``), with next-step autoreset: the last
+            step of an episode then shows where it ended.
+        agent: who acts.
+        seed: seed of the actions that the agent draws.
+        progress: called with the number of finished episodes and of all whenever some finish.
+
+    Returns:
+        A result an episode, in the sampler's order.
+
+    Raises:
+        ValueError: if the environment does not hand out each episode once with next-step autoreset.
+    """
+    if env.sampler.mode != "once" or env.autoreset_mode != AutoresetMode.NEXT_STEP:
+        raise ValueError(
+            f"evaluation needs a sampler with mode 'once' and next-step autoreset, not "
+            f"{env.sampler.mode!r} and {env.autoreset_mode.value!r}"
+        )
+    episodes = env.sampler.episodes
+    results: dict[int, EpisodeResult] = {}
+    with torch.random.fork_rng():
+        observations, _ = env.reset()
+        agent.begin(env, seed)
+        started = torch.zeros_like(env.active)
+        # Poses of all agents before each step, and the step at which each agent's episode started.
+        poses: list[NDArray[np.float32]] = []
+        since = np.zeros(env.num_envs, dtype=np.int64)
+        while len(results) < len(episodes):
+            active = env.active
+            starts = active & ~started
+            started = active
+            now = len(poses)
+            poses.append(_poses(env))
+            since[starts.cpu().numpy()] = now
+            current = env.current_episodes()
+            start_distance = env.task.measured.start_distance.tolist()
+            actions = agent.act(observations, starts)
+            observations, _, terminated, truncated, infos = env.step(actions)
+            ended = torch.as_tensor(terminated) | torch.as_tensor(truncated)
+            if not bool(ended.any()):
+                continue
+            final = _poses(env)
+            measures = {name: value.tolist() for name, value in infos["episode"].items()}
+            for index in torch.nonzero(ended).flatten().tolist():
+                episode = episodes[current[index]]
+                track = np.stack([*(step[index] for step in poses[since[index] :]), final[index]])
+                results[current[index]] = EpisodeResult(
+                    agent=agent.name,
+                    scene_id=episode.scene_id,
+                    episode_id=episode.episode_id,
+                    success=bool(measures["success"][index]),
+                    spl=measures["spl"][index],
+                    soft_spl=measures["soft_spl"][index],
+                    distance_to_goal=measures["distance_to_goal"][index],
+                    geodesic_distance=start_distance[index],
+                    path_length=measures["path_length"][index],
+                    steps=int(measures["steps"][index]),
+                    collisions=int(measures["collisions"][index]),
+                    reward=measures["reward_sum"][index],
+                    start=episode.start_position,
+                    goal=episode.goal_position,
+                    positions=track[:, :3],
+                    yaws=track[:, 3],
+                )
+            if progress is not None:
+                progress(len(results), len(episodes))
+    return [results[index] for index in range(len(episodes))]
+
+
+def _poses(env: PointNavVectorEnv) -> NDArray[np.float32]:
+    """Position and heading of all agents: (N, 4)."""
+    simulator = env.simulator
+    return torch.cat([simulator.position, simulator.yaw[:, None]], dim=1).cpu().numpy().copy()

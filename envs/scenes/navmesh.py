@@ -118,7 +118,7 @@ class NavMeshTile:
     vertices: NDArray[np.float32]
     """Polygon corners: (V, 3) [m], world."""
     polygons: NDArray[np.int32]
-    """Vertices of each polygon, clockwise seen from above, -1 behind the last: (P, 6)."""
+    """Vertices of each polygon, counter-clockwise seen from above, -1 behind the last: (P, 6)."""
     edges: NDArray[np.uint16]
     """What lies behind the edge from corner j to j + 1: (P, 6). 0 a wall, k + 1 polygon k of this tile,
     ``EXTERNAL_EDGE | side`` another tile (side 0 +x, 2 +z, 4 -x, 6 -z)."""
@@ -224,7 +224,7 @@ class NavMesh:
             settings: What the polygons were built with.
             bounds: Lowest and highest corner of the mesh's box, (2, 3) [m].
             vertices: Corners, (V, 3) [m].
-            polygons: Convex, clockwise seen from above (Recast's order), -1 behind the last corner, (P, 6).
+            polygons: Convex, counter-clockwise seen from above, -1 behind the last corner, (P, 6).
             neighbours: Polygon across the edge from corner j to j + 1, -1 for a wall, (P, 6).
             detail_meshes: See :class:`NavMeshTile`; without the three the polygons are triangulated as fans.
             detail_vertices: See :class:`NavMeshTile`.
@@ -262,6 +262,7 @@ class NavMesh:
             tree_scale=1.0 / settings.cell_size,
         )
         _check_tile(tile, "the mesh")
+        _check_winding(tile)
         tile = replace(tile, tree=_build_tree(tile))
         # A mesh of one tile has a grid of one cell, as Detour makes it.
         size = bounds[1] - bounds[0]
@@ -293,7 +294,7 @@ class NavMesh:
 
     @cached_property
     def polygons(self) -> NDArray[np.int32]:
-        """Vertices of each polygon, clockwise seen from above, -1 behind the last: (P, 6)."""
+        """Vertices of each polygon, counter-clockwise seen from above, -1 behind the last: (P, 6)."""
         offsets = _offsets([len(tile.vertices) for tile in self.tiles])
         parts = [
             np.where(t.polygons >= 0, t.polygons + o, -1) for t, o in zip(self.tiles, offsets, strict=False)
@@ -629,6 +630,18 @@ def _check_tile(tile: NavMeshTile, name: str) -> None:
         raise NavMeshError(f"{name}: a detail triangle names a vertex that its polygon does not have")
     if len(tile.tree) and (tile.tree[:, 6].max() >= num_polygons):
         raise NavMeshError(f"{name}: the tree names polygon {tile.tree[:, 6].max()} of {num_polygons}")
+
+
+def _check_winding(tile: NavMeshTile) -> None:
+    corners = tile.vertices[np.where(tile.polygons >= 0, tile.polygons, tile.polygons[:, :1])].astype(
+        np.float64
+    )
+    following = np.roll(corners, -1, axis=1)
+    areas = (corners[..., 2] * following[..., 0] - corners[..., 0] * following[..., 2]).sum(1) / 2
+    if (areas < -_MIN_POLYGON_AREA).any():
+        raise NavMeshError(
+            f"polygon {int(areas.argmin())} is wound clockwise seen from above; reverse its corners and edges"
+        )
 
 
 def _fan_triangles(sizes: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:

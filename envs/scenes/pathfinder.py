@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +22,8 @@ from envs.scenes.navmesh import NavMesh
 _MAX_NODES = 2048
 # Side of a cell of the grid that finds polygons near a point [m].
 _CELL_SIZE = 0.5
-# Fewer queries than this are not worth a thread of their own.
-_MIN_QUERIES_PER_THREAD = 64
+# Fewer queries than this, about half a millisecond, are not worth a thread of their own.
+_MIN_QUERIES_PER_THREAD = 512
 # Searches at a time on a GPU, each with its scratch memory.
 _GPU_WORKERS = 4096
 
@@ -68,6 +69,9 @@ class PathFinder:
         self._executor: ThreadPoolExecutor | None = None
         self._executor_process = 0
         self._lock = threading.Lock()
+        # Compiled here (once a machine; then cached on disk), before threads could all try to.
+        block = 1 if self.device.type == "cpu" else 256
+        wp.load_module(kernels, device=self._warp_device, block_dim=block)
         self._meshes = _upload(self.navmeshes, self._warp_device)
         # A search has a node for each polygon, or one for each of a polygon's four crossings between tiles.
         most = max(len(m.polygons) * (4 if len(m.tiles) > 1 else 1) for m in self.navmeshes)
@@ -120,8 +124,8 @@ class PathFinder:
         """Corners of the shortest path, start and goal included.
 
         Returns:
-            Points (N, max_points, 3) float32 [m], zero behind the last, and how many of them count (N,) int64,
-            0 where there is no path. A path of more corners keeps its first ``max_points``.
+            Points (N, max_points, 3) float32 [m], zero behind the last, and how many of them count (N,)
+            int64, 0 where there is no path. A path of more corners keeps its first ``max_points``.
         """
         if max_points < 2:
             raise ValueError(f"max_points {max_points} must be at least 2, for start and goal")
@@ -167,18 +171,14 @@ class PathFinder:
         distance = torch.empty(len(scene), device=self.device)
         count = torch.empty(len(scene), dtype=torch.int64, device=self.device)
         points = torch.zeros((len(scene), max_points, 3), device=self.device)
-        # Warp has no view of an array without columns; one column would be written to.
-        corners = wp.from_torch(points, dtype=wp.vec3) if max_points and len(scene) else self._no_points
+        # Warp cannot view a tensor without elements.
+        corners = _points(points) if points.numel() else wp.empty((1, 0), dtype=wp.vec3, device="cpu")
         self._launch(
             kernels.path_kernel,
             len(scene),
             [_view(scene), _points(start), _points(goal), _view(distance), _view(count), corners],
         )
         return distance, count, points
-
-    @property
-    def _no_points(self) -> wp.array:
-        return wp.empty((1, 0), dtype=wp.vec3, device=self._warp_device)
 
     def _project(self, scene: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
         scene, points = self._checked(scene, points=points)
@@ -201,12 +201,14 @@ class PathFinder:
         for name, value in points.items():
             if value.shape != (len(scene), 3) or value.dtype != torch.float32 or value.device != self.device:
                 raise ValueError(
-                    f"{name} must be ({len(scene)}, 3) float32 on {self.device}, one row for each scene index, "
+                    f"{name} must be ({len(scene)}, 3) float32 on {self.device}, a row for each scene index, "
                     f"got {tuple(value.shape)} {value.dtype} on {value.device}"
                 )
-        if len(scene) and bool(((scene < 0) | (scene >= len(self.navmeshes))).any()):
-            wrong = scene[(scene < 0) | (scene >= len(self.navmeshes))][0]
-            raise IndexError(f"scene {int(wrong)} is not one of the {len(self.navmeshes)} resident scenes")
+        if len(scene):
+            low, high = (int(end) for end in scene.aminmax())
+            if low < 0 or high >= len(self.navmeshes):
+                wrong = low if low < 0 else high
+                raise IndexError(f"scene {wrong} is not one of the {len(self.navmeshes)} resident scenes")
         return [scene.contiguous(), *(value.detach().contiguous() for value in points.values())]
 
     def _launch(self, kernel: wp.Kernel, count: int, arguments: list) -> None:
@@ -226,25 +228,28 @@ class PathFinder:
                         workers,
                         [self._meshes, *scratch, workers, 0, count, *arguments],
                         device=self._warp_device,
+                        record_tape=False,
                     )
                 return
 
             def run(worker: int, first: int, last: int) -> None:
                 scratch = [self._scratch, worker] if searches else []
                 wp.launch(
-                    kernel, 1, [self._meshes, *scratch, 1, first, last, *arguments], device=self._warp_device
+                    kernel,
+                    1,
+                    [self._meshes, *scratch, 1, first, last, *arguments],
+                    device=self._warp_device,
+                    record_tape=False,
                 )
 
             threads = max(1, min(self._num_threads, count // _MIN_QUERIES_PER_THREAD))
-            edges = np.linspace(0, count, threads + 1).astype(int).tolist()
-            # The first part runs here, after the others have started. Loading the kernels is not thread-safe.
-            if threads > 1:
-                kernel.module.load(self._warp_device)
+            edges = [count * part // threads for part in range(threads + 1)]
+            # The last part runs here.
             started = [
                 self._pool().submit(run, worker, edges[worker], edges[worker + 1])
-                for worker in range(1, threads)
+                for worker in range(threads - 1)
             ]
-            run(0, edges[0], edges[1])
+            run(threads - 1, edges[-2], edges[-1])
             for part in started:
                 part.result()
 
@@ -300,12 +305,13 @@ def _surface(navmeshes: Sequence[NavMesh], device: torch.device) -> _Surface:
     )
 
 
-def _view(tensor: Tensor) -> wp.array:
-    return wp.from_torch(tensor)
+def _view(tensor: Tensor, dtype: type | None = None) -> Any:
+    """A tensor's memory as a Warp kernel takes it; the tensor has to outlive the launch."""
+    return wp.from_torch(tensor, dtype=dtype, return_ctype=True)
 
 
-def _points(tensor: Tensor) -> wp.array:
-    return wp.from_torch(tensor, dtype=wp.vec3)
+def _points(tensor: Tensor) -> Any:
+    return _view(tensor, wp.vec3)
 
 
 def _upload(navmeshes: Sequence[NavMesh], device: wp.Device) -> kernels.Meshes:
@@ -434,13 +440,14 @@ def _grid(
     first = np.floor((box[:, :2] - margin - low) / _CELL_SIZE).astype(np.int64).clip(0, size - 1)
     last = np.floor((box[:, 2:] + margin - low) / _CELL_SIZE).astype(np.int64).clip(0, size - 1)
     cells, polygons = [], []
-    for polygon in np.argsort(rank, kind="stable"):
-        if walkable[polygon]:
-            columns = np.arange(first[polygon, 0], last[polygon, 0] + 1)
-            rows = np.arange(first[polygon, 1], last[polygon, 1] + 1)
+    for index in np.argsort(rank, kind="stable"):
+        if walkable[index]:
+            columns = np.arange(first[index, 0], last[index, 0] + 1)
+            rows = np.arange(first[index, 1], last[index, 1] + 1)
             cells.append((rows[:, None] * size[0] + columns).ravel())
-            polygons.append(np.full(cells[-1].shape, polygon))
-    cell = np.concatenate([np.zeros(0, np.int64), *cells])
+            polygons.append(np.full(cells[-1].shape, index))
+    # The empty arrays stand in where no polygon is walkable.
+    cell, polygon = (np.concatenate([np.zeros(0, np.int64), *part]) for part in (cells, polygons))
     order = np.argsort(cell, kind="stable")
     counts = np.bincount(cell, minlength=int(size.prod()))
     return {
@@ -449,7 +456,5 @@ def _grid(
         "grid_size": size[None].astype(np.int32),
         "grid_start": np.array([before["cell"]], np.int32),
         "cell_start": (np.concatenate([[0], np.cumsum(counts)]) + before["entry"]).astype(np.int32),
-        "cell_polygons": (
-            np.concatenate([np.zeros(0, np.int64), *polygons])[order] + before["polygon"]
-        ).astype(np.int32),
+        "cell_polygons": (polygon[order] + before["polygon"]).astype(np.int32),
     }

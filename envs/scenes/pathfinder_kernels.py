@@ -6,8 +6,9 @@ these answers, so every query here follows Detour's algorithm, its order of visi
 meshes lie end to end in the arrays of :class:`Meshes`; polygon, vertex and link indices are global.
 """
 
-# Warp reads the source: a variable that a loop changes has to be made by int(), float() or bool().
-# ruff: noqa: UP018, RUF046
+# Warp compiles the source: a variable that a loop changes has to be made by int(), float() or bool(), and both
+# sides of an ``and`` are evaluated, so that conditions which guard others are nested.
+# ruff: noqa: UP018, RUF046, SIM102
 
 import warp as wp
 
@@ -183,8 +184,9 @@ def inside_polygon(m: Meshes, polygon: int, p: wp.vec3) -> bool:
     b = corner(m, polygon, size - 1)
     for i in range(size):
         a = corner(m, polygon, i)
-        if (a[2] > p[2]) != (b[2] > p[2]) and p[0] < (b[0] - a[0]) * (p[2] - a[2]) / (b[2] - a[2]) + a[0]:
-            inside = not inside
+        if (a[2] > p[2]) != (b[2] > p[2]):
+            if p[0] < (b[0] - a[0]) * (p[2] - a[2]) / (b[2] - a[2]) + a[0]:
+                inside = not inside
         b = a
     return inside
 
@@ -362,7 +364,7 @@ def closest_in_polygon(m: Meshes, polygon: int, p: wp.vec3) -> wp.vec3:
 
 @wp.func
 def visit_in_move(m: Meshes, s: Scratch, worker: int, count: int, polygon: int) -> int:
-    """Index of a polygon's node in a move's search: one seen before, else ``count``, a new one; -1 if full."""
+    """A polygon's node in a move's search: one seen before, else ``count``, a new one; -1 if full."""
     for i in range(count):
         if s.polygon[worker, i] == polygon:
             return i
@@ -428,13 +430,14 @@ def move_along_surface(
                         other = visit_in_move(m, s, worker, count, target)
                         if other == count:
                             count += 1
-                        if other >= 0 and s.flags[worker, other] == 0 and tail - head < MAX_MOVE_QUEUE:
-                            found = on_segment(centre, a, b)
-                            if found[0] <= radius * radius:
-                                s.parent[worker, other] = node
-                                s.flags[worker, other] = CLOSED
-                                s.heap[worker, tail] = other
-                                tail += 1
+                        if other >= 0:
+                            if s.flags[worker, other] == 0 and tail - head < MAX_MOVE_QUEUE:
+                                found = on_segment(centre, a, b)
+                                if found[0] <= radius * radius:
+                                    s.parent[worker, other] = node
+                                    s.flags[worker, other] = CLOSED
+                                    s.heap[worker, tail] = other
+                                    tail += 1
                     link += 1
             j = i
     return best_node, best_point
@@ -518,7 +521,7 @@ def hash_slot(key: int, width: int) -> int:
 
 @wp.func
 def search_node(s: Scratch, worker: int, count: int, polygon: int, crossing: int) -> int:
-    """Index of a polygon's search node: one seen before, else ``count``, a new one; -1 if there is no room."""
+    """A polygon's search node: one seen before, else ``count``, a new one; -1 if there is no room."""
     key = polygon * 4 + crossing
     width = s.table.shape[1]
     slot = hash_slot(key, width)
@@ -549,7 +552,7 @@ def forget_nodes(s: Scratch, worker: int, count: int) -> None:
 
 
 @wp.func
-def heap_rise(s: Scratch, worker: int, place: int, node: int):
+def heap_rise(s: Scratch, worker: int, place: int, node: int) -> None:
     """Moves a node up the heap from a free place to where it belongs."""
     at = place
     total = s.total[worker, node]
@@ -582,7 +585,7 @@ def heap_pop(s: Scratch, worker: int, size: int) -> int:
 
 
 @wp.func
-def heap_update(s: Scratch, worker: int, size: int, node: int):
+def heap_update(s: Scratch, worker: int, size: int, node: int) -> None:
     """Moves a waiting node up the heap after its total has shrunk."""
     for i in range(size):
         if s.heap[worker, i] == node:
@@ -847,8 +850,8 @@ def wall_distance(m: Meshes, s: Scratch, worker: int, first: int, centre: wp.vec
     return wp.sqrt(least)
 
 
-# Every kernel is launched with one thread a worker; worker w answers queries first + w, first + w + workers, ...
-# below ``last``. That bounds the scratch memory, and lets the CPU run one worker a thread.
+# Every kernel is launched with one thread a worker; worker w answers queries first + w, first + w + workers and
+# so on below ``last``. That bounds the scratch memory, and lets the CPU run one worker a thread.
 
 
 @wp.kernel
@@ -861,7 +864,7 @@ def project_kernel(
     point: wp.array(dtype=wp.vec3),
     polygon: wp.array(dtype=wp.int32),
     closest: wp.array(dtype=wp.vec3),
-):
+) -> None:
     """Nearest polygon of each point, -1 where there is none, and the closest point on it."""
     query = first + wp.tid()
     while query < last:
@@ -884,7 +887,7 @@ def step_kernel(
     target: wp.array(dtype=wp.vec3),
     slide: bool,
     end: wp.array(dtype=wp.vec3),
-):
+) -> None:
     """Where each move ends."""
     query = first + wp.tid()
     while query < last:
@@ -906,7 +909,7 @@ def path_kernel(
     distance: wp.array(dtype=wp.float32),
     count: wp.array(dtype=wp.int64),
     points: wp.array2d(dtype=wp.vec3),
-):
+) -> None:
     """Length of each shortest path, infinite where there is none, its number of corners and the corners."""
     query = first + wp.tid()
     while query < last:
@@ -950,7 +953,7 @@ def obstacle_kernel(
     point: wp.array(dtype=wp.vec3),
     radius: float,
     distance: wp.array(dtype=wp.float32),
-):
+) -> None:
     """Distance from each point to the nearest wall, infinite off the mesh."""
     query = first + wp.tid()
     while query < last:

@@ -82,7 +82,7 @@ class PPO(OnPolicyAlgorithm):
 
         Args:
             policy: The policy class.
-            env: An SB3 VecEnv, stepped through its ``torch_env`` where it has one, or a Gymnasium
+            env: An SB3 VecEnv, stepped by tensors where it can, or a Gymnasium
             environment. learning_rate: Or a schedule of it, see
             :class:`navagent.learning.schedules.LearningRate`. n_steps: Length of a rollout T; also how far
             gradients flow back through time. n_minibatches: Into how many groups of environments a rollout is

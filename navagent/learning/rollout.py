@@ -312,9 +312,6 @@ class TorchVectorEnv:
                 episodes = [
                     dict(zip(measures, row, strict=True)) for row in zip(*measures.values(), strict=True)
                 ]
-                for episode in episodes:
-                    episode["r"] = episode.get("reward_sum", 0.0)
-                    episode["l"] = episode.get("steps", 0)
         return StepResult(
             observations={key: value.to(device) for key, value in observations.items()},
             rewards=rewards.to(device, torch.float32),
@@ -382,7 +379,7 @@ class NumpyVectorEnv:
         """Refuses: a plain VecEnv cannot say where it is."""
         raise TypeError(
             f"{type(self.env).__name__} cannot save its state, so training on it cannot be resumed exactly: "
-            "use an environment with a torch_env"
+            "use envs.sb3.SB3VecEnv over an environment with torch output"
         )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -391,13 +388,13 @@ class NumpyVectorEnv:
 
 
 def tensor_env(env: VecEnv, device: torch.device) -> TensorEnv:
-    """The fastest way to step ``env``: through its ``torch_env`` where it has one, else through numpy."""
+    """The fastest way to step ``env``: by the tensors of its ``vector_env``, else through numpy."""
     if not isinstance(env.observation_space, spaces.Dict):
         raise TypeError(
             f"the environment's observations are {type(env.observation_space).__name__}, expected Dict: "
             "wrap them in a gymnasium.spaces.Dict"
         )
-    torch_env = getattr(env, "torch_env", None)
-    if torch_env is not None:
-        return TorchVectorEnv(torch_env, device)
+    vector_env = getattr(env, "vector_env", None)
+    if vector_env is not None and getattr(vector_env, "output", None) == "torch":
+        return TorchVectorEnv(vector_env, device)
     return NumpyVectorEnv(env, device)

@@ -20,6 +20,8 @@ class LineWorld:
     uint8.
     """
 
+    output = "torch"
+
     def __init__(self, num_envs: int = 4, max_steps: int = 12, span: int = 4, seed: int = 0) -> None:
         self.num_envs = num_envs
         self.max_steps, self.span = max_steps, span
@@ -82,6 +84,8 @@ class LineWorld:
                     "spl": success.float(),
                     "steps": self.steps.clone(),
                     "reward_sum": self.total.clone(),
+                    "r": self.total.clone(),
+                    "l": self.steps.clone(),
                 },
                 "_episode": done,
                 "final_obs": self.observations(),
@@ -106,12 +110,12 @@ class LineWorld:
 
 
 class LineVecEnv(VecEnv):
-    """The world as Stable-Baselines3 sees it; ``torch_env`` gives the tensors."""
+    """The world as Stable-Baselines3 sees it; ``vector_env`` gives the tensors."""
 
     def __init__(self, world: LineWorld, expose_torch: bool = True) -> None:
         self.world = world
         if expose_torch:
-            self.torch_env = world
+            self.vector_env = world
         super().__init__(world.num_envs, world.single_observation_space, world.single_action_space)
 
     def reset(self) -> dict[str, np.ndarray]:

@@ -1,0 +1,230 @@
+"""From settings to the things they describe: homes, episodes, environments and the policy's settings.
+
+Training and evaluation build through here, so that an agent is evaluated in the world it was trained for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+
+from navagent.config import ConfigError, TrainConfig
+
+if TYPE_CHECKING:
+    from gymnasium.vector import AutoresetMode
+
+    from envs.episodes import Episode
+    from envs.simulators.base import AgentSpec, SensorSpec
+    from envs.vector_env import PointNavVectorEnv
+
+
+def cache_dir() -> Path:
+    """Where generated homes are kept: ``$NAVAGENT_CACHE``, else ``~/.cache/navagent``."""
+    return Path(os.environ.get("NAVAGENT_CACHE") or Path.home() / ".cache" / "navagent")
+
+
+def training_device(name: str) -> torch.device:
+    """The device of setting ``device``; refuses CUDA where there is none."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device={name!r}: PyTorch finds no CUDA device here; use device=cpu or device=auto"
+        )
+    return device
+
+
+def set_threads(num_threads: int) -> int:
+    """Lets torch use ``num_threads`` threads, all cores where 0, and says how many that is."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = num_threads or cores
+    torch.set_num_threads(threads)
+    return threads
+
+
+def dataset_dir(config: TrainConfig) -> Path:
+    """The folder of the settings' data set; generates its homes where they are not cached yet."""
+    if config.scenes.dataset != "generated":
+        return Path(config.scenes.dataset).expanduser()
+    from navagent.scenes import generated_dataset
+
+    return generated_dataset(config.scenes.num, config.scenes.seed, cache_dir())
+
+
+@dataclass(frozen=True)
+class Split:
+    """Episodes, and the scenes they take place in."""
+
+    name: str
+    """The split's name."""
+    episodes: tuple[Episode, ...]
+    """In the order of their files."""
+    scenes: dict[str, Path]
+    """File of each scene, by the id that episodes give."""
+
+
+def split_file(dataset: Path, split: str) -> Path:
+    """The episode file of a split, in a generated data set's layout or in Habitat's own."""
+    tried = [dataset / "episodes" / split / f"{split}.json.gz", dataset / split / f"{split}.json.gz"]
+    for file in tried:
+        if file.is_file():
+            return file
+    raise ConfigError(f"no split {split!r} in {dataset}; tried {', '.join(map(str, tried))}")
+
+
+def read_split(file: Path, scenes_dir: Path, name: str) -> Split:
+    """Reads a split's episodes and finds their scenes under ``scenes_dir``."""
+    from envs.episodes import find_scene, read_dataset
+
+    episodes = tuple(read_dataset(file))
+    if not episodes:
+        raise ConfigError(f"{file}: the split {name!r} holds no episodes")
+    scenes = {scene: find_scene(scene, scenes_dir) for scene in dict.fromkeys(e.scene_id for e in episodes)}
+    return Split(name, episodes, scenes)
+
+
+def load_split(config: TrainConfig, name: str) -> Split:
+    """The split ``name`` of the settings' data set."""
+    dataset = dataset_dir(config)
+    scenes_dir = Path(config.scenes.scenes_dir).expanduser() if config.scenes.scenes_dir else dataset
+    return read_split(split_file(dataset, name), scenes_dir, name)
+
+
+def agent_spec(config: TrainConfig) -> AgentSpec:
+    """The agent's body."""
+    from envs.simulators.base import AgentSpec
+
+    env = config.env
+    return AgentSpec(
+        radius=env.agent_radius,
+        height=env.agent_height,
+        max_climb=env.max_climb,
+        max_slope_deg=env.max_slope_deg,
+        forward_step=env.forward_step,
+        turn_angle_deg=env.turn_angle_deg,
+        allow_sliding=env.allow_sliding,
+    )
+
+
+def cameras(config: TrainConfig) -> list[SensorSpec]:
+    """The agent's cameras."""
+    from envs.simulators.base import SensorSpec
+
+    sensors = config.sensors
+    kinds: list[Literal["rgb", "depth"]] = []
+    if sensors.rgb:
+        kinds.append("rgb")
+    if sensors.depth:
+        kinds.append("depth")
+    return [
+        SensorSpec(
+            kind,
+            kind,
+            sensors.height,
+            sensors.width,
+            sensors.hfov_deg,
+            sensors.sensor_height,
+            sensors.pitch_deg,
+        )
+        for kind in kinds
+    ]
+
+
+def observation_names(config: TrainConfig) -> list[str]:
+    """What the policy observes, by name."""
+    sensors = config.sensors
+    poses = [name for name, wanted in (("gps", sensors.gps), ("compass", sensors.compass)) if wanted]
+    return [*(camera.name for camera in cameras(config)), sensors.goal, *poses, "previous_action"]
+
+
+def make_vector_env(
+    config: TrainConfig,
+    episodes: Sequence[Episode],
+    scenes: dict[str, Path],
+    num_envs: int,
+    mode: Literal["endless", "once"] = "endless",
+    autoreset_mode: AutoresetMode | None = None,
+    seed: int = 0,
+    extra_cameras: Sequence[SensorSpec] = (),
+) -> PointNavVectorEnv:
+    """The settings' environment over some episodes, with tensors out.
+
+    Args:
+        config: The settings.
+        episodes: What is played.
+        scenes: File of each of their scenes.
+        num_envs: Agents side by side.
+        mode: Endless streams to train on, or each episode once.
+        autoreset_mode: As Gymnasium has it; within the same step if None.
+        seed: Of the streams' order and of noise.
+        extra_cameras: Cameras that the policy does not get, for videos.
+    """
+    from gymnasium.vector import AutoresetMode
+
+    from envs.noise import NoiseConfig
+    from envs.sampler import EpisodeSampler
+    from envs.simulators.raycast import RaycastSimulator
+    from envs.task import PointNavConfig
+    from envs.vector_env import PointNavVectorEnv
+
+    env = config.env
+    sampler = EpisodeSampler(episodes, num_envs, scenes, seed=seed, mode=mode)
+    simulator = RaycastSimulator(
+        sampler.resident_scenes,
+        num_envs,
+        [*cameras(config), *extra_cameras],
+        agent_spec(config),
+        device=str(training_device(config.device)),
+        num_threads=set_threads(config.num_threads),
+    )
+    task = PointNavConfig(
+        max_steps=env.max_steps,
+        success_distance=env.success_distance,
+        slack_reward=env.slack_reward,
+        progress_reward=env.progress_reward,
+        success_reward=env.success_reward,
+        success_bonus=cast(Literal["constant", "spl"], env.success_bonus),
+        stop=cast(Literal["called", "automatic"], env.stop),
+    )
+    return PointNavVectorEnv(
+        simulator,
+        task,
+        sampler,
+        observation_names(config),
+        autoreset_mode=AutoresetMode.SAME_STEP if autoreset_mode is None else autoreset_mode,
+        noise=NoiseConfig(rgb=env.rgb_noise, depth=env.depth_noise, actuation=env.actuation_noise),
+    )
+
+
+def policy_settings(config: TrainConfig) -> dict[str, Any]:
+    """Keyword arguments of :class:`policies.actor_critic.NavigationPolicy`."""
+    adaptation = config.adaptation
+    options: dict[str, Any] = {}
+    if adaptation.name == "sidetune":
+        options = {
+            "alpha": adaptation.alpha,
+            "learn_alpha": adaptation.learn_alpha,
+            "side_encoder": adaptation.side_encoder,
+            "side_init": adaptation.side_init,
+            "side_weights": adaptation.side_weights,
+        }
+    # "default" leaves it to the method: training from scratch starts from random weights.
+    weights = None if config.encoder.weights == "default" else config.encoder.weights
+    return {
+        "encoder": config.encoder.name,
+        "weights": weights,
+        "image_features": config.encoder.image_features,
+        "adaptation": adaptation.name,
+        "adaptation_options": options,
+        "memory": config.memory.name,
+        "hidden_size": config.memory.hidden_size,
+        "layers": config.memory.num_layers,
+        "frames": config.memory.num_frames,
+        "weight_decay": config.algorithm.weight_decay,
+    }

@@ -1,3 +1,4 @@
+# ruff: noqa: UP018, RUF046 - Warp takes a name for a constant unless int() or float() makes it a variable.
 """Outlines of regions, simplified, with their holes cut open.
 
 Part of the method of Recast Navigation. Corners lie on the grid between cells, so all tests are exact in
@@ -94,7 +95,7 @@ def crosses_any(
     seconds: NDArray[np.int64],
     proper_only: bool = False,
 ) -> NDArray[np.bool_]:
-    """Whether segments start - end (..., 2) touch any edge firsts - seconds (E, 2) that shares no end with them.
+    """Whether segments start - end (..., 2) touch an edge firsts - seconds (E, 2), those at their ends apart.
 
     ``proper_only`` counts only edges that are crossed in their interior.
     """
@@ -117,7 +118,7 @@ def crosses_any(
 def in_cone(
     before: NDArray[np.int64], at: NDArray[np.int64], after: NDArray[np.int64], target: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """Whether the segment from a polygon's corner ``at`` to a target leaves into the polygon's inside (..., 2)."""
+    """Whether segments from a polygon's corners ``at`` to a target leave into its inside (..., 2)."""
     convex = side_of(before, at, after) <= 0
     inside_convex = (side_of(at, target, before) < 0) & (side_of(target, at, after) < 0)
     outside_reflex = (side_of(at, target, after) <= 0) & (side_of(target, at, before) <= 0)
@@ -206,20 +207,20 @@ def _simplify(
     max_error: float,
     max_length: float,
     kept: wp.array(dtype=wp.int32),
-):
+) -> None:
     """Marks the corners of each border walk that its outline keeps."""
     walk = wp.tid()
     first = starts[walk]
     count = starts[walk + 1] - first
     # Where another region begins to lie behind the border, both outlines need a corner.
-    anchors = int(0)  # noqa: UP018
+    anchors = int(0)
     for i in range(count):
         if behind[first + i] != behind[first + (i + 1) % count]:
             kept[first + i] = 1
             anchors += 1
     if anchors == 0:
-        low = int(0)  # noqa: UP018
-        high = int(0)  # noqa: UP018
+        low = int(0)
+        high = int(0)
         for i in range(count):
             here = first + i
             if x[here] < x[first + low] or (x[here] == x[first + low] and z[here] < z[first + low]):
@@ -228,15 +229,15 @@ def _simplify(
                 high = i
         kept[first + low] = 1
         kept[first + high] = 1
-    begin = int(0)  # noqa: UP018
+    begin = int(0)
     while kept[first + begin] == 0:
         begin += 1
     # Between two kept corners, keep the farthest if it is too far, and look again.
     for phase in range(2):
         a = int(begin)
-        going = int(1)  # noqa: UP018
+        going = int(1)
         while going == 1:
-            steps = int(1)  # noqa: UP018
+            steps = int(1)
             while kept[first + (a + steps) % count] == 0:
                 steps += 1
             b = (a + steps) % count
@@ -245,7 +246,7 @@ def _simplify(
             az = z[first + a]
             bx = x[first + b]
             bz = z[first + b]
-            forward = int(0)  # noqa: UP018
+            forward = int(0)
             if bx > ax or (bx == ax and bz > az):
                 forward = 1
             if phase == 0:
@@ -254,12 +255,12 @@ def _simplify(
                 if forward == 0:
                     probe = (b + count - 1) % count
                 if behind[first + probe] == 0:
-                    farthest = float(0.0)  # noqa: UP018
+                    farthest = float(0.0)
                     for step in range(1, steps):
                         here = (a + step) % count
                         if forward == 0:
                             here = (a + steps - step) % count
-                        away = float(0.0)  # noqa: UP018
+                        away = float(0.0)
                         if forward == 1:
                             away = _squared_distance(x[first + here], z[first + here], ax, az, bx, bz)
                         else:

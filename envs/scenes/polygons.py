@@ -66,7 +66,7 @@ def polygonise(outlines: Sequence[Outline]) -> PolygonMesh:
 
 
 def _cut_ears(flat: NDArray[np.int64]) -> list[tuple[int, int, int]]:
-    """Triangles of a simple polygon (n, 2), shortest cuts first; those found so far where it is not simple."""
+    """Triangles of a simple polygon (n, 2), shortest cuts first; only some where it is not simple."""
     left = np.arange(len(flat))
 
     def is_ear(tips: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -1,3 +1,4 @@
+# ruff: noqa: UP018, RUF046 - Warp takes a name for a constant unless int() or float() makes it a variable.
 """Partition of the walkable floor into simple regions, by watershed.
 
 Part of the method of Recast Navigation: the floor's distance from its border is flooded from the deepest
@@ -268,7 +269,7 @@ def _flood(
     growth: wp.array(dtype=wp.int32),
     stack: wp.array(dtype=wp.int32),
     next_region: wp.array(dtype=wp.int32),
-):
+) -> None:
     """Starts a region at each seed that has none yet and floods it, down to a level, away from other regions.
 
     In one thread: regions stop where those before them are.
@@ -279,33 +280,31 @@ def _flood(
             labels[seeds[s]] = region
             growth[seeds[s]] = 0
             stack[0] = seeds[s]
-            height = int(1)  # noqa: UP018
-            size = int(0)  # noqa: UP018
+            height = int(1)
+            size = int(0)
             while height > 0:
                 height -= 1
                 at = stack[height]
-                meets = int(0)  # noqa: UP018
+                meets = int(0)
                 for side in range(4):
                     beside = neighbours[at, side]
                     if beside >= 0:
                         if labels[beside] != 0 and labels[beside] != region:
                             meets = 1
                         corner = neighbours[beside, (side + 1) % 4]
-                        if corner >= 0:
-                            if labels[corner] != 0 and labels[corner] != region:
-                                meets = 1
+                        if corner >= 0 and labels[corner] != 0 and labels[corner] != region:
+                            meets = 1
                 if meets == 1:
                     labels[at] = 0
                 else:
                     size += 1
                     for side in range(4):
                         beside = neighbours[at, side]
-                        if beside >= 0:
-                            if depth[beside] >= level and labels[beside] == 0:
-                                labels[beside] = region
-                                growth[beside] = 0
-                                stack[height] = beside
-                                height += 1
+                        if beside >= 0 and depth[beside] >= level and labels[beside] == 0:
+                            labels[beside] = region
+                            growth[beside] = 0
+                            stack[height] = beside
+                            height += 1
             if size > 0:
                 region += 1
     next_region[0] = region
@@ -318,10 +317,10 @@ def _follow(
     order: wp.array(dtype=wp.int32),
     starts: wp.array(dtype=wp.int32),
     count: wp.array(dtype=wp.int32),
-):
+) -> None:
     """Lists the steps of every walk one after another, in one thread."""
-    written = int(0)  # noqa: UP018
-    walks = int(0)  # noqa: UP018
+    written = int(0)
+    walks = int(0)
     for first in range(successor.shape[0]):
         if visited[first] == 0:
             starts[walks] = written

@@ -1,9 +1,10 @@
+# ruff: noqa: UP018, RUF046 - Warp takes a name for a constant unless int() or float() makes it a variable.
 """Voxels of a scene, and the places among them where an agent can stand.
 
-The first half of the method of Recast Navigation (https://github.com/recastnavigation/recastnavigation), which
-Habitat builds its navigation meshes with: triangles become columns of solid spans, the tops of spans become
-floor where the slope, the headroom and the step down allow it, and the floor shrinks by the agent's radius.
-Heights, sizes and distances are counted in cells here, so that the outcome agrees with Habitat's cell by cell.
+The first half of the method of Recast Navigation (https://github.com/recastnavigation/recastnavigation),
+which Habitat builds its navigation meshes with: triangles become columns of solid spans, the tops of spans
+become floor where the slope, the headroom and the step down allow it, and the floor shrinks by the agent's
+radius. Sizes are counted in cells from here on, so that the outcome agrees with Habitat's cell by cell.
 """
 
 from __future__ import annotations
@@ -108,8 +109,12 @@ def find_floor(vertices: NDArray[np.float32], triangles: NDArray[np.int32], sett
     counts = wp.zeros(columns, dtype=wp.int32, device="cpu")
     height, climb = settings.walkable_height, settings.walkable_climb
     wp.launch(_walk_over_low_obstacles, columns, [*spans, climb, area], device="cpu")
-    wp.launch(_avoid_ledges_and_low_ceilings, columns, [*spans, area, width, depth, height, climb, kept, counts],
-              device="cpu")  # fmt: skip
+    wp.launch(
+        _avoid_ledges_and_low_ceilings,
+        columns,
+        [*spans, area, width, depth, height, climb, kept, counts],
+        device="cpu",
+    )
     column_start = np.zeros(columns + 1, dtype=np.int32)
     np.cumsum(counts.numpy(), out=column_start[1:])
     total = int(column_start[-1])
@@ -166,8 +171,9 @@ def _solid_spans(
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
     """Solid spans of every column, lowest first.
 
-    Returns the first span of each column (columns + 1,) and of each span the lowest cell, one past the highest
-    cell and whether its top is walkable. A column's spans do not fill its whole range: the rest have high 0.
+    Returns the first span of each column (columns + 1,) and of each span the lowest cell, one past the
+    highest cell and whether its top is walkable. Spans do not fill a column's whole range: the rest have
+    high 0.
     """
     corners = wp.array(vertices, dtype=wp.vec3, device="cpu")
     indices = wp.array(triangles, dtype=wp.int32, device="cpu")
@@ -211,8 +217,8 @@ def _split(polygon: _Polygon, count: int, axis: int, at: float):  # noqa: ANN202
     """Cuts a convex polygon by the plane where a coordinate equals ``at``: the parts below and above."""
     below = _Polygon()
     above = _Polygon()
-    num_below = int(0)  # noqa: UP018
-    num_above = int(0)  # noqa: UP018
+    num_below = int(0)
+    num_above = int(0)
     before = int(count - 1)
     for i in range(count):
         ahead = at - polygon[3 * i + axis]
@@ -264,14 +270,14 @@ def _rasterise(
     low: wp.array(dtype=wp.int32),
     high: wp.array(dtype=wp.int32),
     area: wp.array(dtype=wp.int32),
-):
-    """Counts the cells that each triangle passes through or, given offsets, writes the spans it fills there."""
+) -> None:
+    """Counts the cells that each triangle passes through or, given offsets, writes what it fills there."""
     triangle = wp.tid()
     a = vertices[triangles[triangle, 0]]
     b = vertices[triangles[triangle, 1]]
     c = vertices[triangles[triangle, 2]]
     normal = wp.normalize(wp.cross(b - a, c - a))
-    walkable = int(0)  # noqa: UP018
+    walkable = int(0)
     if normal[1] > min_up:
         walkable = 1
     per_cell = 1.0 / cell_size
@@ -281,12 +287,12 @@ def _rasterise(
         rest[k] = a[k]
         rest[3 + k] = b[k]
         rest[6 + k] = c[k]
-    num_rest = int(3)  # noqa: UP018
+    num_rest = int(3)
     z_low = wp.min(a[2], wp.min(b[2], c[2])) - origin[2]
     z_high = wp.max(a[2], wp.max(b[2], c[2])) - origin[2]
     z_first = wp.clamp(int(z_low * per_cell), 0, depth - 1)
     z_last = wp.clamp(int(z_high * per_cell), 0, depth - 1)
-    written = int(0)  # noqa: UP018
+    written = int(0)
     for z in range(z_first, z_last + 1):
         row, num_row, rest_z, num_z = _split(rest, num_rest, 2, origin[2] + float(z) * cell_size + cell_size)
         rest = rest_z
@@ -331,11 +337,11 @@ def _merge_spans(
     high: wp.array(dtype=wp.int32),
     area: wp.array(dtype=wp.int32),
     climb: int,
-):
+) -> None:
     """Joins the spans of a column that touch, in place and in the order of their triangles."""
     column = wp.tid()
     start = first[column]
-    count = int(0)  # noqa: UP018
+    count = int(0)
     for i in range(start, first[column + 1]):
         bottom = low[i]
         top = high[i]
@@ -380,10 +386,10 @@ def _walk_over_low_obstacles(
     high: wp.array(dtype=wp.int32),
     climb: int,
     area: wp.array(dtype=wp.int32),
-):
+) -> None:
     """Makes walkable what is no higher than a step above floor in the same column: kerbs, door sills."""
     column = wp.tid()
-    previous = int(0)  # noqa: UP018
+    previous = int(0)
     for i in range(first[column], first[column + 1]):
         walkable = area[i]
         # Decided on what the triangles said, so that a stack of steps does not become walkable.
@@ -404,12 +410,12 @@ def _avoid_ledges_and_low_ceilings(
     climb: int,
     kept: wp.array(dtype=wp.int32),
     counts: wp.array(dtype=wp.int32),
-):
+) -> None:
     """Keeps the walkable tops with headroom that neither lie at a drop nor on a slope steeper than a step."""
     column = wp.tid()
     x = column % width
     z = column // width
-    count = int(0)  # noqa: UP018
+    count = int(0)
     end = first[column + 1]
     for i in range(first[column], end):
         kept[i] = 0
@@ -440,7 +446,7 @@ def _avoid_ledges_and_low_ceilings(
                     n_end = first[n_column + 1]
                     n_floor = int(-climb)
                     for j in range(first[n_column] - 1, n_end):
-                        is_solid = int(1)  # noqa: UP018
+                        is_solid = int(1)
                         if j >= first[n_column]:
                             n_floor = high[j]
                             if n_floor == 0:
@@ -472,7 +478,7 @@ def _collect_floor(
     out_first: wp.array(dtype=wp.int32),
     y: wp.array(dtype=wp.int32),
     room: wp.array(dtype=wp.int32),
-):
+) -> None:
     """Writes the height of each kept top and the headroom above it."""
     column = wp.tid()
     slot = int(out_first[column])
@@ -497,7 +503,7 @@ def _connect(
     height: int,
     climb: int,
     neighbours: wp.array2d(dtype=wp.int32),
-):
+) -> None:
     """Finds where a step to each side leads: the lowest floor within a step that leaves headroom between."""
     column = wp.tid()
     x = column % width
@@ -526,7 +532,7 @@ def _connect(
 
 
 @wp.kernel
-def _chamfer(neighbours: wp.array2d(dtype=wp.int32), distance: wp.array(dtype=wp.int32)):
+def _chamfer(neighbours: wp.array2d(dtype=wp.int32), distance: wp.array(dtype=wp.int32)) -> None:
     """Two sweeps of the chamfer distance over all spans, in one thread: each value builds on those before."""
     count = distance.shape[0]
     for i in range(count):

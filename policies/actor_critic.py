@@ -71,7 +71,7 @@ class NavigationPolicy(ActorCriticPolicy):
             raise ValueError(f"action space {action_space}: navigation needs a Discrete one")
         if use_sde:
             raise ValueError("use_sde explores continuous actions; navigation's actions are discrete")
-        self._memory_settings = {
+        self._memory_settings: dict[str, Any] = {
             "memory": memory,
             "hidden_size": hidden_size,
             "layers": layers,
@@ -99,11 +99,11 @@ class NavigationPolicy(ActorCriticPolicy):
     def _build(self, lr_schedule: Schedule) -> None:
         settings = self._memory_settings
         self.memory = make_memory(
-            str(settings["memory"]),
+            settings["memory"],
             self.features_dim,
-            int(settings["hidden_size"]),
-            int(settings["layers"]),
-            int(settings["frames"]),
+            settings["hidden_size"],
+            settings["layers"],
+            settings["frames"],
         )
         assert isinstance(self.action_space, spaces.Discrete)
         self.action_net = nn.Linear(self.memory.features, int(self.action_space.n))
@@ -115,7 +115,7 @@ class NavigationPolicy(ActorCriticPolicy):
         nn.init.zeros_(self.value_net.bias)
         self.optimizer = self.optimizer_class(
             self.parameter_groups(self._weight_decay),
-            lr=lr_schedule(1),
+            lr=lr_schedule(1),  # type: ignore[call-arg]
             **self.optimizer_kwargs,
         )
 
@@ -169,12 +169,9 @@ class NavigationPolicy(ActorCriticPolicy):
         hidden, memory = self.memory.step(features, memory, episode_starts)
         logits = self.action_net(hidden)
         log_probs = torch.log_softmax(logits.float(), dim=1)
-        if deterministic:
-            actions = log_probs.argmax(dim=1)
-        else:
-            actions = torch.multinomial(log_probs.exp(), 1)[:, 0]
+        drawn = log_probs.argmax(dim=1) if deterministic else torch.multinomial(log_probs.exp(), 1)[:, 0]
         values = self.value_net(hidden)[:, 0].float()
-        return actions, values, log_probs.gather(1, actions[:, None])[:, 0], memory, stored, logits
+        return drawn, values, log_probs.gather(1, drawn[:, None])[:, 0], memory, stored, logits
 
     def evaluate_sequences(
         self,
@@ -231,7 +228,9 @@ class NavigationPolicy(ActorCriticPolicy):
         obs, batched = self.obs_to_tensor(observation)
         assert isinstance(obs, dict)
         agents = len(next(iter(obs.values())))
-        memory = self.initial_memory(agents) if state is None else torch.as_tensor(state[0], device=self.device)
+        memory = self.initial_memory(agents)
+        if state is not None:
+            memory = torch.as_tensor(state[0], device=self.device)
         starts = np.zeros(agents, dtype=bool) if episode_start is None else np.asarray(episode_start)
         starts = np.broadcast_to(starts, (agents,)).astype(bool)
         with torch.no_grad():
@@ -269,10 +268,11 @@ class NavigationPolicy(ActorCriticPolicy):
         return self.action_dist.proba_distribution(self.act(obs, memory, starts, True)[5])
 
     def _without_memory(self, obs: PyTorchObs) -> tuple[Observation, Tensor, Tensor]:
-        if self._memory_settings["memory"] != "none":
+        kind = self._memory_settings["memory"]
+        if kind != "none":
             raise ValueError(
-                f"memory {self._memory_settings['memory']!r} needs the state that act, evaluate_sequences and "
-                "predict carry; under a plain stable_baselines3 algorithm use memory='none'"
+                f"memory {kind!r} needs the state that act, evaluate_sequences and predict carry; "
+                "under a plain stable_baselines3 algorithm use memory='none'"
             )
         assert isinstance(obs, dict)
         agents = len(next(iter(obs.values())))

@@ -1,7 +1,7 @@
 """From an observation to one vector: adapted image features, goal, pose and previous action.
 
-:class:`AdaptedExtractor` is a Stable-Baselines3 features extractor, so that a plain ``PPO`` can use an adapted
-encoder:
+:class:`AdaptedExtractor` is a Stable-Baselines3 features extractor, so that a plain ``PPO`` can use an
+adapted encoder:
 
     >>> from stable_baselines3 import PPO
     >>> PPO("MultiInputPolicy", env, policy_kwargs=dict(
@@ -103,8 +103,8 @@ class AdaptedExtractor(BaseFeaturesExtractor):
     """Stable-Baselines3 features extractor around adapted encoders.
 
     Every image in the observation gets an encoder and an adaptation of its own, chosen by its channels.
-    Images may come as (N, H, W, C) or, where the observation space says so, (N, C, H, W); uint8, or float with
-    values in 0..1.
+    Images may come as (N, H, W, C) or, where the observation space says so, (N, C, H, W); uint8, or float
+    with values in 0..1.
 
     Args:
         observation_space: a ``Dict``, or a ``Box`` that is one image.
@@ -152,12 +152,13 @@ class AdaptedExtractor(BaseFeaturesExtractor):
             method = make_adaptation(adaptation, **options)
             self.adaptations[key] = method
             self.heads[key] = TransferHead(method.output_shape(height, width), image_features)
-        for key, space in vectors.items():
-            self.embeddings[key] = _embedding(key, space)
+        for key, sensor in vectors.items():
+            self.embeddings[key] = _embedding(key, sensor)
         for module in (*self.heads.modules(), *self.embeddings.modules()):
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.orthogonal_(module.weight, gain=2**0.5)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def forward(
         self, observations: Tensor | dict[str, Tensor], frozen: Mapping[str, Tensor] | None = None

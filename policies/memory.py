@@ -183,7 +183,8 @@ def make_memory(kind: str, inputs: int, features: int, layers: int = 1, frames: 
     """
     if features < 1 or layers < 1 or frames < 2:
         raise ValueError(
-            f"memory with hidden_size {features}, {layers} layers and {frames} frames: expected at least 1, 1, 2"
+            f"memory with hidden_size {features}, {layers} layers and {frames} frames: expected at least "
+            "1, 1 and 2"
         )
     if kind in ("gru", "lstm"):
         return RecurrentMemory(kind, inputs, features, layers)

@@ -1,9 +1,9 @@
 """Reading and writing network weights without ever running code that a file brings along.
 
-``.safetensors`` files hold tensors only. Older ``.pth`` files are pickles, programs that the usual reader would
-execute; :func:`read_pth` walks them with a reader of its own that can build tensors and plain containers, puts
-an inert :class:`Placeholder` where the file names a class of a package that is not installed, and refuses every
-other name.
+``.safetensors`` files hold tensors only. Older ``.pth`` files are pickles, programs that the usual reader
+would execute; :func:`read_pth` walks them with a reader of its own that can build tensors and plain
+containers, puts an inert :class:`Placeholder` where the file names a class of a package that is not
+installed, and refuses every other name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import warnings
 import zipfile
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +69,7 @@ class Placeholder:
     """Dotted name of the class that the file asked for."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Placeholder:
+        """Takes whatever arguments the file gives."""
         return object.__new__(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -167,8 +168,8 @@ class _TensorUnpickler(pickle.Unpickler):
         installed = package in sys.stdlib_module_names or package in _OLD_STDLIB or _is_installed(package)
         if installed and not network_part:
             raise WeightsError(
-                f"the file asks for {module}.{name}, which is not needed to read tensors; refused, as running "
-                "it could do anything. Use a file from a source that you trust, best a .safetensors one"
+                f"the file asks for {module}.{name}, which is not needed to read tensors; refused, as "
+                "running it could do anything. Use a file from a source that you trust, best a safetensors one"
             )
         return type("Placeholder", (Placeholder,), {"origin": f"{module}.{name}"})
 
@@ -328,7 +329,7 @@ def read_safetensors(path: str | Path) -> Checkpoint:
 
 
 def read_weights(path: str | Path) -> Checkpoint:
-    """Reads a ``.safetensors``, ``.pth``, ``.pt`` or ``.dat`` weights file, and warns where it looks untrained."""
+    """Reads a ``.safetensors`` or torch weights file, and warns where it looks untrained."""
     path = Path(path)
     checkpoint = read_safetensors(path) if path.suffix == ".safetensors" else read_pth(path)
     reason = untrained_reason(checkpoint.tensors)

@@ -61,8 +61,9 @@ class TrainableEncoder(nn.Module):
 
     Args:
         encoder: the network.
-        keep_statistics: whether BatchNorm layers keep the statistics they were pre-trained with. Without it,
-            the network that learns would differ from the one that acted, and PPO's ratio would not start at 1.
+        keep_statistics: whether BatchNorm layers keep the statistics they were pre-trained with. Without
+            it, the network that learns would differ from the one that acted, and PPO's ratio would not start
+            at 1.
     """
 
     def __init__(self, encoder: Encoder, keep_statistics: bool = True) -> None:

@@ -18,7 +18,7 @@ from policies.encoders import Encoder, make_encoder
 SideInit = Literal["copy", "distilled", "random", "low_energy"]
 
 LOW_ENERGY = 1e-2
-"""Scale of a "low_energy" side network's first outputs. Exactly 0 would end all gradients at its last ReLU."""
+"""Scale of a "low_energy" side network's first outputs. Exactly 0 would end all gradients at a last ReLU."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class SideTuningConfig(AdaptationConfig):
     """Settings of side-tuning."""
 
     alpha: float = 0.5
-    """Initial weight of the base, in 0..1; 0.8 is the authors' "alpha8". At exactly 0 or 1 it cannot learn."""
+    """Initial weight of the base, in 0..1; 0.8 is the authors' "alpha8". At 0 or 1 it cannot learn."""
     learn_alpha: bool = True
     """Whether alpha learns with the task."""
     side_encoder: str | None = None
@@ -113,7 +113,7 @@ class SideTuning(Adaptation):
         base = self.base.encoder.output_shape(height, width)
         side = self.side.encoder.output_shape(height, width)
         if base != side:
-            raise ValueError(f"base features {base} and side features {side} differ in shape; they must agree")
+            raise ValueError(f"base features {base} and side features {side} must have one shape")
         return base
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:

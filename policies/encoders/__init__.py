@@ -40,8 +40,8 @@ def default_weights(name: str, channels: int = 3) -> Path:
     file = _SHIPPED.get((name, channels))
     if file is None:
         raise ValueError(
-            f"no default weights ship for encoder {name!r} with {channels} input channel(s); give the path of "
-            "a weights file, or 'random'"
+            f"no default weights ship for encoder {name!r} with {channels} input channel(s); give the path "
+            "of a weights file, or 'random'"
         )
     return Path(__file__).parent / "weights" / file
 

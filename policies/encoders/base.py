@@ -57,13 +57,13 @@ class Encoder(nn.Module):
                 f"{type(self).__name__} with {spec.channels} input channel(s)"
             )
         # A permuted (N, H, W, C) tensor is already in the channels-last layout that convolutions like best.
-        scale = 255.0 if image.dtype == torch.uint8 else 1.0
         pixels = image.permute(0, 3, 1, 2).float()
-        mean = torch.tensor(spec.mean, device=pixels.device) * scale
-        inverse = 1.0 / (torch.tensor(spec.std, device=pixels.device) * scale)
         if spec.size is not None and tuple(pixels.shape[2:]) != spec.size:
             pixels = F.interpolate(pixels, size=spec.size, mode="bilinear", align_corners=False)
-        return (pixels - mean[:, None, None]) * inverse[:, None, None]
+        scale = 255.0 if image.dtype == torch.uint8 else 1.0
+        mean = pixels.new_tensor(spec.mean)[:, None, None] * scale
+        std = pixels.new_tensor(spec.std)[:, None, None] * scale
+        return (pixels / std).sub_(mean / std)
 
     def output_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Shape of one image's features for images of height x width pixels: (C, h, w) or (C,)."""

@@ -146,7 +146,8 @@ def top_down_map(
         cv2.fillPoly(layer, [pixels], 255, lineType=cv2.LINE_8, shift=_SHIFT)
     fine = _paint_floor(walkable, elsewhere, outline=max(1, round(0.9 * _SUPERSAMPLING)), wall=0.3 * scale)
     image = cv2.resize(fine, (int(columns), int(rows)), interpolation=cv2.INTER_AREA)
-    coverage = cv2.resize(walkable | elsewhere, (int(columns), int(rows)), interpolation=cv2.INTER_AREA)
+    free = np.maximum(walkable, elsewhere)
+    coverage = cv2.resize(free, (int(columns), int(rows)), interpolation=cv2.INTER_AREA)
     return TopDownMap(
         grid=coverage > 127,
         image=image.astype(np.uint8),

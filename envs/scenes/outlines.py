@@ -1,4 +1,3 @@
-# ruff: noqa: UP018, RUF046 - Warp takes a name for a constant unless int() or float() makes it a variable.
 """Outlines of regions, simplified, with their holes cut open.
 
 Part of the method of Recast Navigation. Corners lie on the grid between cells, so all tests are exact in
@@ -13,10 +12,9 @@ import numpy as np
 import warp as wp
 from numpy.typing import NDArray
 
+from envs.scenes import navmesh_kernels as kernels
 from envs.scenes.regions import trace_borders
 from envs.scenes.voxelise import Floor
-
-wp.set_module_options({"enable_backward": False})
 
 
 @dataclass(frozen=True)
@@ -48,10 +46,10 @@ def trace_outlines(
     kept = wp.zeros(len(corners), dtype=wp.int32, device="cpu")
     parts = (corners[:, 0], corners[:, 2], behind, borders.starts)
     wp.launch(
-        _simplify,
+        kernels.simplify,
         len(borders.starts) - 1,
         [
-            *(wp.array(part, dtype=wp.int32, device="cpu") for part in parts),
+            *(kernels.integers(part) for part in parts),
             max_error**2,
             max_length**2,
             kept,
@@ -181,103 +179,3 @@ def _cut_holes(outline: NDArray[np.int64], holes: list[NDArray[np.int64]]) -> ND
                 outline = np.concatenate([*bridge, np.roll(hole, -corner, axis=0), hole[corner : corner + 1]])
                 break
     return outline
-
-
-@wp.func
-def _squared_distance(x: int, z: int, ax: int, az: int, bx: int, bz: int):  # noqa: ANN202
-    """Squared distance of point (x, z) from the segment a - b."""
-    along_x = float(bx - ax)
-    along_z = float(bz - az)
-    length = along_x * along_x + along_z * along_z
-    at = along_x * float(x - ax) + along_z * float(z - az)
-    if length > 0.0:
-        at = at / length
-    at = wp.clamp(at, 0.0, 1.0)
-    off_x = float(ax) + at * along_x - float(x)
-    off_z = float(az) + at * along_z - float(z)
-    return off_x * off_x + off_z * off_z
-
-
-@wp.kernel
-def _simplify(
-    x: wp.array(dtype=wp.int32),
-    z: wp.array(dtype=wp.int32),
-    behind: wp.array(dtype=wp.int32),
-    starts: wp.array(dtype=wp.int32),
-    max_error: float,
-    max_length: float,
-    kept: wp.array(dtype=wp.int32),
-) -> None:
-    """Marks the corners of each border walk that its outline keeps."""
-    walk = wp.tid()
-    first = starts[walk]
-    count = starts[walk + 1] - first
-    # Where another region begins to lie behind the border, both outlines need a corner.
-    anchors = int(0)
-    for i in range(count):
-        if behind[first + i] != behind[first + (i + 1) % count]:
-            kept[first + i] = 1
-            anchors += 1
-    if anchors == 0:
-        low = int(0)
-        high = int(0)
-        for i in range(count):
-            here = first + i
-            if x[here] < x[first + low] or (x[here] == x[first + low] and z[here] < z[first + low]):
-                low = i
-            if x[here] > x[first + high] or (x[here] == x[first + high] and z[here] > z[first + high]):
-                high = i
-        kept[first + low] = 1
-        kept[first + high] = 1
-    begin = int(0)
-    while kept[first + begin] == 0:
-        begin += 1
-    # Between two kept corners, keep the farthest if it is too far, and look again.
-    for phase in range(2):
-        a = int(begin)
-        going = int(1)
-        while going == 1:
-            steps = int(1)
-            while kept[first + (a + steps) % count] == 0:
-                steps += 1
-            b = (a + steps) % count
-            split = int(-1)
-            ax = x[first + a]
-            az = z[first + a]
-            bx = x[first + b]
-            bz = z[first + b]
-            forward = int(0)
-            if bx > ax or (bx == ax and bz > az):
-                forward = 1
-            if phase == 0:
-                # Both regions at a border look from the same end, so that ties go the same way.
-                probe = (a + 1) % count
-                if forward == 0:
-                    probe = (b + count - 1) % count
-                if behind[first + probe] == 0:
-                    farthest = float(0.0)
-                    for step in range(1, steps):
-                        here = (a + step) % count
-                        if forward == 0:
-                            here = (a + steps - step) % count
-                        away = float(0.0)
-                        if forward == 1:
-                            away = _squared_distance(x[first + here], z[first + here], ax, az, bx, bz)
-                        else:
-                            away = _squared_distance(x[first + here], z[first + here], bx, bz, ax, az)
-                        if away > farthest:
-                            farthest = away
-                            split = here
-                    if farthest <= max_error:
-                        split = -1
-            elif behind[first + (a + 1) % count] == 0 and steps > 1:
-                dx = float(bx - ax)
-                dz = float(bz - az)
-                if max_length > 0.0 and dx * dx + dz * dz > max_length:
-                    split = (a + (steps + 1 - forward) / 2) % count
-            if split >= 0:
-                kept[first + split] = 1
-            else:
-                a = b
-                if a == begin:
-                    going = 0

@@ -1,4 +1,3 @@
-# ruff: noqa: UP018, RUF046 - Warp takes a name for a constant unless int() or float() makes it a variable.
 """Partition of the walkable floor into simple regions, by watershed.
 
 Part of the method of Recast Navigation: the floor's distance from its border is flooded from the deepest
@@ -14,9 +13,8 @@ import numpy as np
 import warp as wp
 from numpy.typing import NDArray
 
+from envs.scenes import navmesh_kernels as kernels
 from envs.scenes.voxelise import Floor, boundary_distance
-
-wp.set_module_options({"enable_backward": False})
 
 _EXPANSIONS = 8
 """How often a region may grow into newly flooded cells before they can become a region of their own."""
@@ -62,12 +60,12 @@ def trace_borders(neighbours: NDArray[np.int32], labels: NDArray[np.int32]) -> B
         side = (side - 1) % 4
     rank = np.full(4 * len(labels), -1, dtype=np.int32)
     rank[4 * spans.astype(np.int64) + sides] = np.arange(len(spans), dtype=np.int32)
-    successor = wp.array(np.where(following >= 0, rank[following], -1).astype(np.int32), device="cpu")
+    successor = kernels.integers(np.where(following >= 0, rank[following], -1))
     order = wp.empty(len(spans), dtype=wp.int32, device="cpu")
     starts = wp.empty(len(spans) + 1, dtype=wp.int32, device="cpu")
     visited = wp.zeros(len(spans), dtype=wp.int32, device="cpu")
     count = wp.zeros(1, dtype=wp.int32, device="cpu")
-    wp.launch(_follow, 1, [successor, visited, order, starts, count], device="cpu")
+    wp.launch(kernels.follow, 1, [successor, visited, order, starts, count], device="cpu")
     walk = order.numpy()
     return Borders(spans[walk], sides[walk], starts.numpy()[: int(count.numpy()[0]) + 1])
 
@@ -83,9 +81,9 @@ def _watershed(floor: Floor) -> NDArray[np.int32]:
     labels = wp.zeros(total + 1, dtype=wp.int32, device="cpu")
     growth = wp.zeros(total + 1, dtype=wp.int32, device="cpu")
     label, grown = labels.numpy(), growth.numpy()
-    flood_inputs = [wp.array(part, dtype=wp.int32, device="cpu") for part in (neighbours, depth)]
+    flood_inputs = [kernels.integers(part) for part in (neighbours, depth)]
     stack = wp.empty(total + 1, dtype=wp.int32, device="cpu")
-    next_region = wp.array([1], dtype=wp.int32, device="cpu")
+    next_region = kernels.integers([1])
 
     walkable = np.flatnonzero(floor.walkable)
     walkable = walkable[np.argsort(-(depth[walkable] >> 1), kind="stable")]
@@ -102,9 +100,9 @@ def _watershed(floor: Floor) -> NDArray[np.int32]:
         _expand(waiting, neighbours, label, grown, _EXPANSIONS if level > 0 else None)
         waiting = waiting[label[waiting] == 0]
         if len(waiting):
-            seeds = wp.array(waiting.astype(np.int32), device="cpu")
+            seeds = kernels.integers(waiting)
             wp.launch(
-                _flood,
+                kernels.flood,
                 1,
                 [seeds, *flood_inputs, max(level - 2, 0), labels, growth, stack, next_region],
                 device="cpu",
@@ -257,82 +255,3 @@ def _stacked_regions(
             above[low].add(high)
             above[high].add(low)
     return above, overlapping
-
-
-@wp.kernel
-def _flood(
-    seeds: wp.array(dtype=wp.int32),
-    neighbours: wp.array2d(dtype=wp.int32),
-    depth: wp.array(dtype=wp.int32),
-    level: int,
-    labels: wp.array(dtype=wp.int32),
-    growth: wp.array(dtype=wp.int32),
-    stack: wp.array(dtype=wp.int32),
-    next_region: wp.array(dtype=wp.int32),
-) -> None:
-    """Starts a region at each seed that has none yet and floods it, down to a level, away from other regions.
-
-    In one thread: regions stop where those before them are.
-    """
-    region = int(next_region[0])
-    for s in range(seeds.shape[0]):
-        if labels[seeds[s]] == 0:
-            labels[seeds[s]] = region
-            growth[seeds[s]] = 0
-            stack[0] = seeds[s]
-            height = int(1)
-            size = int(0)
-            while height > 0:
-                height -= 1
-                at = stack[height]
-                meets = int(0)
-                for side in range(4):
-                    beside = neighbours[at, side]
-                    if beside >= 0:
-                        if labels[beside] != 0 and labels[beside] != region:
-                            meets = 1
-                        corner = neighbours[beside, (side + 1) % 4]
-                        if corner >= 0 and labels[corner] != 0 and labels[corner] != region:
-                            meets = 1
-                if meets == 1:
-                    labels[at] = 0
-                else:
-                    size += 1
-                    for side in range(4):
-                        beside = neighbours[at, side]
-                        if beside >= 0 and depth[beside] >= level and labels[beside] == 0:
-                            labels[beside] = region
-                            growth[beside] = 0
-                            stack[height] = beside
-                            height += 1
-            if size > 0:
-                region += 1
-    next_region[0] = region
-
-
-@wp.kernel
-def _follow(
-    successor: wp.array(dtype=wp.int32),
-    visited: wp.array(dtype=wp.int32),
-    order: wp.array(dtype=wp.int32),
-    starts: wp.array(dtype=wp.int32),
-    count: wp.array(dtype=wp.int32),
-) -> None:
-    """Lists the steps of every walk one after another, in one thread."""
-    written = int(0)
-    walks = int(0)
-    for first in range(successor.shape[0]):
-        if visited[first] == 0:
-            starts[walks] = written
-            walks += 1
-            step = int(first)
-            while step >= 0:
-                if visited[step] == 1:
-                    step = -1
-                else:
-                    visited[step] = 1
-                    order[written] = step
-                    written += 1
-                    step = successor[step]
-    starts[walks] = written
-    count[0] = walks

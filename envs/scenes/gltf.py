@@ -157,17 +157,13 @@ def _config_vector(
     path: Path, config: _Json, key: str, default: tuple[float, float, float]
 ) -> tuple[float, float, float]:
     value = config.get(key, default)
-    if (
-        not isinstance(value, list | tuple)
-        or len(value) != 3
-        or not all(map(_is_number, value))
-    ):
+    if not isinstance(value, list | tuple) or len(value) != 3 or not all(map(_is_number, value)):
         raise SceneError(f"{path}: {key} is {value!r}, expected three numbers")
     return float(value[0]), float(value[1]), float(value[2])
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a JSON value is a finite number that single precision can hold (JSON's integers have no end)."""
+    """Whether a JSON value is a number that single precision can hold; JSON's integers have no end."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e38
 
 
@@ -223,11 +219,7 @@ class _Reader:
     def numbers(self, owner: _Json, key: str, default: list[float], where: str) -> list[float]:
         """As many finite numbers under a key as the default has."""
         value = owner.get(key, default)
-        if (
-            not isinstance(value, list)
-            or len(value) != len(default)
-            or not all(map(_is_number, value))
-        ):
+        if not isinstance(value, list) or len(value) != len(default) or not all(map(_is_number, value)):
             raise self.fail(f"{where}: {key} is {value!r}, expected {len(default)} finite numbers")
         return [float(v) for v in value]
 

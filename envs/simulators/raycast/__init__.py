@@ -1,1 +1,5 @@
-"""The built-in simulator: batched ray casting on Warp."""
+"""The built-in simulator, on Warp: the same kernels on the CPU and on CUDA."""
+
+from envs.simulators.raycast.simulator import RaycastSimulator
+
+__all__ = ["RaycastSimulator"]

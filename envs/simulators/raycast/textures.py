@@ -1,0 +1,96 @@
+"""Textures of a scene packed into flat arrays with their mip levels, as the render kernels read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from envs.scenes.scene import Material, Wrap
+
+WRAP_CODES: dict[Wrap, int] = {"repeat": 0, "clamp": 1, "mirror": 2}
+"""How the kernels number the wrap modes."""
+
+
+@dataclass(frozen=True)
+class TexturePack:
+    """All mip levels of all textures of a scene."""
+
+    texels: npt.NDArray[np.uint32]
+    """Texels of all levels, row by row, red in the lowest byte: (P,) uint32."""
+    levels: npt.NDArray[np.int32]
+    """First texel, width, height of each level, finest first, and 0: (L, 4) int32."""
+    first_level: npt.NDArray[np.int32]
+    """Row in :attr:`levels` of each material's finest level: (M,) int32."""
+    num_levels: npt.NDArray[np.int32]
+    """How many levels each material has, 0 for a plain colour: (M,) int32."""
+
+
+def mip_levels(image: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:
+    """An image and its halvings down to one texel, each the mean of 2x2 texels of the one before.
+
+    The mean is of the stored values, without sRGB conversion, and rounds to whole numbers at each level, as
+    OpenGL's ``generateMipmap`` does on the textures that Habitat makes. Where a size is odd its last row or
+    column counts towards the last texel only by half, so that no texel is lost.
+
+    Args:
+        image: (H, W, 4) uint8.
+    """
+    levels = [image]
+    while max(image.shape[:2]) > 1:
+        image = _halve(_halve(image.astype(np.float32), 0), 1)
+        image = (image + 0.5).astype(np.uint8)
+        levels.append(image)
+    return levels
+
+
+def _halve(values: npt.NDArray[np.float32], axis: int) -> npt.NDArray[np.float32]:
+    """Halves one axis, rounded down but not below 1, by box filtering."""
+    size = values.shape[axis]
+    if size == 1:
+        return values
+    half = size // 2
+    values = np.moveaxis(values, axis, 0)
+    if size % 2 == 0:
+        halved = (values[0::2] + values[1::2]) / 2
+    else:
+        # 2n + 1 texels become n: each new texel covers (2n + 1) / n old ones, three of them in part.
+        place = np.arange(half, dtype=np.float32).reshape(-1, *[1] * (values.ndim - 1))
+        before, after = (half - place) / size, (place + 1) / size
+        halved = before * values[0:-1:2] + half / size * values[1::2] + after * values[2::2]
+    return np.moveaxis(halved, 0, axis)
+
+
+def pack_textures(materials: Sequence[Material]) -> TexturePack:
+    """Packs the textures of a scene's materials; materials that share an image share its texels."""
+    texels: list[npt.NDArray[np.uint32]] = []
+    levels: list[tuple[int, int, int, int]] = []
+    first: list[int] = []
+    count: list[int] = []
+    known: dict[int, tuple[int, int]] = {}
+    total = 0
+    for material in materials:
+        if material.texture is None:
+            first.append(0)
+            count.append(0)
+            continue
+        key = id(material.texture)
+        if key not in known:
+            images = mip_levels(material.texture)
+            known[key] = len(levels), len(images)
+            for image in images:
+                texels.append(np.ascontiguousarray(image).view("<u4").ravel())
+                levels.append((total, image.shape[1], image.shape[0], 0))
+                total += image.shape[0] * image.shape[1]
+        first.append(known[key][0])
+        count.append(known[key][1])
+    if total >= 2**31:
+        raise ValueError(f"the textures of a scene hold {total} texels, more than {2**31 - 1}")
+    return TexturePack(
+        texels=np.concatenate(texels) if texels else np.zeros(0, np.uint32),
+        levels=np.array(levels, np.int32).reshape(-1, 4),
+        first_level=np.array(first, np.int32),
+        num_levels=np.array(count, np.int32),
+    )

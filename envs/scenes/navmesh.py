@@ -29,7 +29,7 @@ EXTERNAL_EDGE = 0x8000
 WALKABLE_FLAG = 1
 """Bit of :attr:`NavMeshTile.flags` that a polygon needs to be walked on."""
 
-NO_LINK = 0xFFFFFFFF
+_NO_LINK = 0xFFFFFFFF
 
 _SET_MAGIC = 0x4D534554  # "MSET"
 _SET_VERSION = 2
@@ -37,6 +37,8 @@ _TILE_MAGIC = 0x444E4156  # "DNAV"
 _TILE_VERSION = 7
 # Polygons with less area than this cannot be stood on: Habitat disables them when it loads a mesh.
 _MIN_POLYGON_AREA = 1e-5
+# Beyond this distance from the origin [m], 32-bit numbers are too coarse to walk by.
+_MAX_COORDINATE = 1e5
 
 _SET_HEADER = struct.Struct("<3i3f2f2i")
 _SETTINGS = struct.Struct("<13f4?")
@@ -460,7 +462,8 @@ def _bits(count: int) -> int:
     return max(count - 1, 0).bit_length()
 
 
-def _offsets(counts: Sequence[int] | NDArray[np.int32]) -> NDArray[np.int32]:
+def _offsets(counts: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int32]:
+    """Where each of several runs begins that lie end to end, and the length of all."""
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
 
 
@@ -613,6 +616,8 @@ def _check_tile(tile: NavMeshTile, name: str) -> None:
     arrays = (tile.vertices, tile.detail_vertices, tile.bounds, np.array(numbers))
     if not all(np.isfinite(array).all() for array in arrays) or tile.tree_scale <= 0:
         raise NavMeshError(f"{name}: holds numbers that are not finite")
+    if max(float(np.abs(array).max(initial=0)) for array in arrays[:3]) > _MAX_COORDINATE:
+        raise NavMeshError(f"{name}: reaches further than {_MAX_COORDINATE:.0f} m from the origin")
     if (tile.bounds[1] < tile.bounds[0]).any():
         raise NavMeshError(f"{name}: the bounds {tile.bounds.tolist()} are upside down")
     details = tile.detail_meshes.astype(np.int64)
@@ -656,8 +661,8 @@ def _fan_triangles(sizes: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray
                 flags |= 1 << 4
             triangles.append((0, corner - 1, corner, flags))
     counts = sizes - 2
-    zero = np.zeros(len(sizes), np.int64)
-    meshes = np.stack([zero, zero, _offsets(counts)[:-1], counts], 1).astype(np.int32)
+    meshes = np.zeros((len(sizes), 4), np.int32)
+    meshes[:, 2], meshes[:, 3] = _offsets(counts)[:-1], counts
     return meshes, np.array(triangles, np.uint8).reshape(-1, 4)
 
 
@@ -716,10 +721,10 @@ def _pack_tile(tile: NavMeshTile, reference: int, name: str) -> bytes:
     # it leaves them, one list a polygon, allocated from the last edge to the first.
     links = np.zeros(int(sizes.sum() + 2 * external.sum()), _LINK)
     links["next"] = np.arange(1, len(links) + 1)
-    links["next"][-1] = NO_LINK
+    links["next"][-1] = _NO_LINK
     used = 0
     for polygon in range(num_polygons):
-        first = NO_LINK
+        first = _NO_LINK
         for edge in range(int(sizes[polygon]) - 1, -1, -1):
             if tile.edges[polygon, edge] != 0 and not external[polygon, edge]:
                 target = reference | (int(tile.edges[polygon, edge]) - 1)

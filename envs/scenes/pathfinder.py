@@ -15,13 +15,16 @@ import warp as wp
 from numpy.typing import NDArray
 from torch import Tensor
 
-from envs.scenes import pathfinder_kernels as kernels
+from envs.scenes import detour_mesh, detour_moves, detour_paths
+from envs.scenes.detour_mesh import Meshes, Scratch
 from envs.scenes.navmesh import NavMesh
 
 # Nodes that Habitat gives a search; longer searches count as failed there, and so here.
 _MAX_NODES = 2048
-# Side of a cell of the grid that finds polygons near a point [m].
+# Side of a cell of the grid that finds polygons near a point [m], where the mesh is not huge.
 _CELL_SIZE = 0.5
+# Entries of a grid that are always allowed, besides 64 a polygon.
+_GRID_ENTRIES = 1_000_000
 # Fewer queries than this, about half a millisecond, are not worth a thread of their own.
 _MIN_QUERIES_PER_THREAD = 512
 # Searches at a time on a GPU, each with its scratch memory.
@@ -71,11 +74,12 @@ class PathFinder:
         self._lock = threading.Lock()
         # Compiled here (once a machine; then cached on disk), before threads could all try to.
         block = 1 if self.device.type == "cpu" else 256
-        wp.load_module(kernels, device=self._warp_device, block_dim=block)
+        for module in (detour_mesh, detour_moves, detour_paths):
+            wp.load_module(module, device=self._warp_device, block_dim=block)
         self._meshes = _upload(self.navmeshes, self._warp_device)
         # A search has a node for each polygon, or one for each of a polygon's four crossings between tiles.
         most = max(len(m.polygons) * (4 if len(m.tiles) > 1 else 1) for m in self.navmeshes)
-        self._num_nodes = max(kernels.MAX_MOVE_NODES, min(_MAX_NODES, most))
+        self._num_nodes = max(detour_moves.MAX_MOVE_NODES, min(_MAX_NODES, most))
         self._scratch = self._make_scratch(self._num_threads)
         self._island_radius = wp.to_torch(self._meshes.island_radius)
         self._polygon_island = wp.to_torch(self._meshes.island).long()
@@ -108,7 +112,7 @@ class PathFinder:
         scene, points = self._checked(scene, points=points)
         distance = torch.empty(len(scene), device=self.device)
         self._launch(
-            kernels.obstacle_kernel,
+            detour_paths.obstacle_kernel,
             len(scene),
             [_view(scene), _points(points), float(max_distance), _view(distance)],
         )
@@ -140,7 +144,7 @@ class PathFinder:
         scene, start, target = self._checked(scene, start=start, target=target)
         end = torch.empty_like(start)
         self._launch(
-            kernels.step_kernel,
+            detour_moves.step_kernel,
             len(scene),
             [_view(scene), _points(start), _points(target), bool(allow_sliding), _points(end)],
         )
@@ -174,7 +178,7 @@ class PathFinder:
         # Warp cannot view a tensor without elements.
         corners = _points(points) if points.numel() else wp.empty((1, 0), dtype=wp.vec3, device="cpu")
         self._launch(
-            kernels.path_kernel,
+            detour_paths.path_kernel,
             len(scene),
             [_view(scene), _points(start), _points(goal), _view(distance), _view(count), corners],
         )
@@ -185,7 +189,7 @@ class PathFinder:
         polygon = torch.empty(len(scene), dtype=torch.int32, device=self.device)
         closest = torch.empty_like(points)
         self._launch(
-            kernels.project_kernel,
+            detour_mesh.project_kernel,
             len(scene),
             [_view(scene), _points(points), _view(polygon), _points(closest)],
         )
@@ -215,7 +219,7 @@ class PathFinder:
         """Runs a kernel over all queries, on the GPU at once, on the CPU split over threads."""
         if count == 0:
             return
-        searches = kernel is not kernels.project_kernel
+        searches = kernel is not detour_mesh.project_kernel
         with self._lock:
             if self.device.type == "cuda":
                 workers = min(count, _GPU_WORKERS)
@@ -260,8 +264,8 @@ class PathFinder:
             self._executor_process = os.getpid()
         return self._executor
 
-    def _make_scratch(self, workers: int) -> kernels.Scratch:
-        scratch = kernels.Scratch()
+    def _make_scratch(self, workers: int) -> Scratch:
+        scratch = Scratch()
         nodes = self._num_nodes
         table = 2 << (nodes - 1).bit_length()
 
@@ -273,7 +277,7 @@ class PathFinder:
         scratch.cost, scratch.total = room(wp.float32), room(wp.float32)
         scratch.position = room(wp.vec3)
         scratch.table = wp.full((workers, table), -1, dtype=wp.int32, device=self._warp_device)
-        scratch.corridor = room(wp.int32, kernels.MAX_CORRIDOR)
+        scratch.corridor = room(wp.int32, detour_paths.MAX_CORRIDOR)
         return scratch
 
 
@@ -314,7 +318,7 @@ def _points(tensor: Tensor) -> Any:
     return _view(tensor, wp.vec3)
 
 
-def _upload(navmeshes: Sequence[NavMesh], device: wp.Device) -> kernels.Meshes:
+def _upload(navmeshes: Sequence[NavMesh], device: wp.Device) -> Meshes:
     """All meshes end to end on the device."""
     parts: dict[str, list[NDArray]] = {}
     total = dict.fromkeys(("vertex", "polygon", "tile", "link", "detail", "island", "cell", "entry"), 0)
@@ -330,21 +334,31 @@ def _upload(navmeshes: Sequence[NavMesh], device: wp.Device) -> kernels.Meshes:
         total["island"] += len(mesh.island_radii)
         total["cell"] += len(arrays["cell_start"])
         total["entry"] += len(arrays["cell_polygons"])
-    meshes = kernels.Meshes()
+    meshes = Meshes()
     parts["link_start"].append(np.array([total["link"]], np.int32))
     parts["detail_start"].append(np.array([total["detail"]], np.int32))
     for name, arrays_of_scenes in parts.items():
-        dtype = kernels.Meshes.vars[name].type.dtype
-        setattr(meshes, name, wp.array(np.concatenate(arrays_of_scenes), dtype=dtype, device=device))
-    meshes.cell_size = _CELL_SIZE
+        setattr(meshes, name, _to_warp(np.concatenate(arrays_of_scenes), device))
     # Detour's boxes are rounded outwards by at most two units and one more for the polygon's own.
     coarsest = min(tile.tree_scale for mesh in navmeshes for tile in mesh.tiles)
-    meshes.reach = float(kernels.SEARCH_X) + 4.0 / coarsest
+    meshes.reach = wp.float32(2.0 + min(4.0 / coarsest, 2.0))
     return meshes
 
 
+def _to_warp(array: NDArray, device: wp.Device) -> wp.array:
+    """A Warp array of numbers, or of vectors where the NumPy array has columns."""
+    integer = np.issubdtype(array.dtype, np.integer)
+    if array.ndim == 1:
+        dtype: type = wp.int32 if integer else wp.float32
+    elif integer:
+        dtype = {2: wp.vec2i, 3: wp.vec3i, 4: wp.vec4i}[array.shape[1]]
+    else:
+        dtype = {2: wp.vec2, 3: wp.vec3, 4: wp.vec4}[array.shape[1]]
+    return wp.array(array, dtype=dtype, device=device)
+
+
 def _mesh_arrays(mesh: NavMesh, before: dict[str, int]) -> dict[str, NDArray]:
-    """One mesh's share of :class:`kernels.Meshes`; ``before`` counts what earlier meshes hold."""
+    """One mesh's share of :class:`Meshes`; ``before`` counts what earlier meshes hold."""
     polygon, num_polygons = before["polygon"], len(mesh.polygons)
     # Links to polygons that cannot be walked on are walls.
     owner = np.repeat(np.arange(num_polygons), np.diff(mesh.links.start))
@@ -435,10 +449,17 @@ def _grid(
     """A grid over the ground that lists the walkable polygons of each cell."""
     # Cells hold polygons that come near their border, so that rounding cannot lose one.
     margin = 1e-3
-    low = box[:, :2].min(0) - margin
-    size = np.floor((box[:, 2:].max(0) + margin - low) / _CELL_SIZE).astype(np.int64) + 1
-    first = np.floor((box[:, :2] - margin - low) / _CELL_SIZE).astype(np.int64).clip(0, size - 1)
-    last = np.floor((box[:, 2:] + margin - low) / _CELL_SIZE).astype(np.int64).clip(0, size - 1)
+    low, high = box[:, :2].astype(np.float64) - margin, box[:, 2:].astype(np.float64) + margin
+    corner = low.min(0).astype(np.float32)
+    cell_size = _CELL_SIZE
+    while True:
+        size = np.floor((high.max(0) - corner) / cell_size).astype(np.int64) + 1
+        first = np.floor((low - corner) / cell_size).astype(np.int64).clip(0, size - 1)
+        last = np.floor((high - corner) / cell_size).astype(np.int64).clip(0, size - 1)
+        entries = int(size.prod()) + int((last - first + 1).prod(1).sum())
+        if entries <= _GRID_ENTRIES + 64 * len(box):
+            break
+        cell_size *= 2
     cells, polygons = [], []
     for index in np.argsort(rank, kind="stable"):
         if walkable[index]:
@@ -452,7 +473,8 @@ def _grid(
     counts = np.bincount(cell, minlength=int(size.prod()))
     return {
         "cells": np.concatenate([first, last], 1).astype(np.int32),
-        "grid_low": low[None].astype(np.float32),
+        "grid_low": corner[None],
+        "grid_cell": np.array([cell_size], np.float32),
         "grid_size": size[None].astype(np.int32),
         "grid_start": np.array([before["cell"]], np.int32),
         "cell_start": (np.concatenate([[0], np.cumsum(counts)]) + before["entry"]).astype(np.int32),

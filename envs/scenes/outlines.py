@@ -125,13 +125,7 @@ def in_cone(
 
 def _between(a: NDArray[np.int64], b: NDArray[np.int64], c: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Whether c, which lies on the line through a and b, lies between them (..., 2)."""
-    low, high = np.minimum(a, b), np.maximum(a, b)
-    axis = (a[..., 0] == b[..., 0]).astype(np.int64)[..., None]
-    low, high, at = (
-        np.take_along_axis(part, np.broadcast_to(axis, (*part.shape[:-1], 1)), axis=-1)[..., 0]
-        for part in np.broadcast_arrays(low, high, c)
-    )
-    return (low <= at) & (at <= high)
+    return ((a - c) * (b - c)).sum(axis=-1) <= 0
 
 
 def _border_corners(floor: Floor, spans: NDArray[np.int32], sides: NDArray[np.int32]) -> NDArray[np.int64]:

@@ -135,7 +135,12 @@ def write_dataset(episodes: Iterable[Episode], split_file: str | Path, per_scene
     for name, own in by_scene.items():
         _write_json(content / f"{name}.json.gz", {"episodes": [_to_json(episode) for episode in own]})
     # Last, so that a split whose own file exists is whole.
-    _write_json(split_file, {"episodes": []})
+    write_index(split_file)
+
+
+def write_index(split_file: str | Path) -> None:
+    """Writes the empty list that stands beside a ``content/`` folder."""
+    _write_json(Path(split_file), {"episodes": []})
 
 
 def scene_name(scene_id: str) -> str:

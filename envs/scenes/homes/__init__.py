@@ -38,7 +38,9 @@ class Home:
         """Vertices (V, 3) float32 [m] and triangles (T, 3) int32 of everything."""
         surfaces = [s for by_material in self.objects.values() for s in by_material.values()]
         starts = np.cumsum([0] + [len(s.positions) for s in surfaces[:-1]])
-        triangles = [s.triangles.astype(np.int32) + np.int32(k) for s, k in zip(surfaces, starts, strict=True)]
+        triangles = [
+            s.triangles.astype(np.int32) + np.int32(k) for s, k in zip(surfaces, starts, strict=True)
+        ]
         return np.concatenate([s.positions for s in surfaces]), np.concatenate(triangles)
 
     def to_glb(self) -> bytes:

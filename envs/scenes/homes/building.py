@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -77,7 +78,7 @@ def _cuts(lo: float, hi: float, extra: Sequence[float] = ()) -> list[float]:
 
 
 def _pairs(values: Sequence[float]) -> Iterator[tuple[float, float]]:
-    return zip(values[:-1], values[1:], strict=True)
+    return pairwise(values)
 
 
 def _slab(mesh: MeshBuilder, room: Room, y: float, style: Style, hole: Rect | None, up: bool) -> None:
@@ -188,7 +189,9 @@ def _side_of(opening: Opening, floor: Floor) -> float:
     return 1.0 if (x if opening.axis == "x" else z) > opening.line else -1.0
 
 
-def _recess(mesh: MeshBuilder, opening: Opening, base: float, inward: float, back: float, material: str) -> None:
+def _recess(
+    mesh: MeshBuilder, opening: Opening, base: float, inward: float, back: float, material: str
+) -> None:
     """The four sides of a hole in an outer wall, from the room's surface to ``back`` [m] behind the line."""
     near, far = inward * INNER_WALL / 2, -inward * back
     lo, hi = opening.lo, opening.hi
@@ -218,9 +221,9 @@ def _panel(
 
 def _window(mesh: MeshBuilder, window: Opening, floor: Floor, style: Style, outlook: str) -> None:
     base, inward = floor.base, _side_of(window, floor)
-    _recess(mesh, window, base, inward, 0.12, "trim")
-    _panel(mesh, window, base, inward, 0.12, outlook, 0.8)
-    a, b = sorted((-inward * 0.12, -inward * 0.07))
+    _recess(mesh, window, base, inward, 0.1, "trim")
+    _panel(mesh, window, base, inward, 0.1, outlook, 0.8)
+    a, b = sorted((-inward * 0.1, -inward * 0.05))
     bottom, top = base + window.bottom, base + window.top
     bar = 0.05
     for u in (window.lo, window.hi - bar):
@@ -233,7 +236,12 @@ def _window(mesh: MeshBuilder, window: Opening, floor: Floor, style: Style, outl
     # The sill stands out into the room.
     sill = sorted((inward * INNER_WALL / 2, inward * (INNER_WALL / 2 + 0.06)))
     _block(
-        mesh, window, (window.lo - 0.05, window.hi + 0.05), (bottom - 0.03, bottom), (sill[0], sill[1]), "trim"
+        mesh,
+        window,
+        (window.lo - 0.05, window.hi + 0.05),
+        (bottom - 0.03, bottom),
+        (sill[0], sill[1]),
+        "trim",
     )
 
 
@@ -299,6 +307,8 @@ def _stairs(mesh: MeshBuilder, plan: Plan, stairs: Stairs, style: Style) -> None
     x0 = rect.x1 if stairs.open_side > 0 else rect.x0 - thick
     mesh.box((x0, high, rect.z0 - thick), (x0 + thick, high + tall, rect.z1), "trim")
     mesh.box((rect.x0, high, rect.z0 - thick), (rect.x1, high + tall, rect.z0), "trim")
-    mesh.box((x0 - 0.02, high + tall, rect.z0 - thick), (x0 + thick + 0.02, high + tall + 0.04, rect.z1), "wood")
+    mesh.box(
+        (x0 - 0.02, high + tall, rect.z0 - thick), (x0 + thick + 0.02, high + tall + 0.04, rect.z1), "wood"
+    )
     if not math.isclose(stairs.rise * stairs.rises, stairs.height, abs_tol=1e-6):
         raise RuntimeError("stairs do not reach the upper floor")

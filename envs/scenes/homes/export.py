@@ -48,7 +48,8 @@ def to_glb(objects: Mapping[str, Mapping[str, Surface]], materials: Mapping[str,
         accessors.append(accessor)
         return len(accessors) - 1
 
-    meshes, nodes = [], []
+    meshes: list[dict[str, Any]] = []
+    nodes: list[dict[str, Any]] = []
     for name, surfaces in objects.items():
         primitives = []
         for material in sorted(surfaces):
@@ -88,7 +89,8 @@ def to_glb(objects: Mapping[str, Mapping[str, Surface]], materials: Mapping[str,
         "bufferViews": buffer_views,
         "buffers": [{"byteLength": len(body)}],
         "images": [
-            {"bufferView": len(chunks) + k, "mimeType": "image/png", "name": name} for k, name in enumerate(used)
+            {"bufferView": len(chunks) + k, "mimeType": "image/png", "name": name}
+            for k, name in enumerate(used)
         ],
         "samplers": [{"magFilter": 9729, "minFilter": 9987, "wrapS": 10497, "wrapT": 10497}],
         "textures": [{"sampler": 0, "source": k} for k in range(len(used))],

@@ -1,7 +1,7 @@
 """Puts furniture into rooms so that every door stays reachable.
 
-Each room keeps a coarse map of where an agent's centre may stand. A piece is accepted only if what stays free is
-in one part that holds every door; otherwise another place is tried, and after a few the piece is left out.
+Each room keeps a coarse map of where an agent's centre may stand. A piece is accepted only if what stays free
+is in one part that holds every door; otherwise another place is tried, and after a few the piece is left out.
 """
 
 from __future__ import annotations
@@ -94,10 +94,9 @@ def _furnish_room(mesh: MeshBuilder, state: _RoomState, rng: np.random.Generator
         essential = position < (3 if kind in ("bath", "kitchen", "studio") else 2)
         if not essential and rng.random() < 0.25:
             continue
-        if kind == "hall" and narrow < 1.9 and name not in _FLAT:
-            # A narrow hall has room for something slim at most.
-            if name != "shoe_cabinet" or narrow < 1.35:
-                continue
+        slim = name in _FLAT or (name == "shoe_cabinet" and narrow >= 1.35)
+        if kind == "hall" and narrow < 1.9 and not slim:
+            continue
         if name == "shower" and "bathtub" in state.placed:
             continue
         if not _try_piece(mesh, state, name, rng) and name in _SMALLER:
@@ -134,7 +133,11 @@ def _try_piece(mesh: MeshBuilder, state: _RoomState, name: str, rng: np.random.G
 
 
 def _place(
-    state: _RoomState, name: str, room_sides: tuple[Side, ...], size: tuple[float, float], rng: np.random.Generator
+    state: _RoomState,
+    name: str,
+    room_sides: tuple[Side, ...],
+    size: tuple[float, float],
+    rng: np.random.Generator,
 ) -> tuple[Side, float, float] | None:
     """A wall, a place along it and a distance from it where a piece could stand."""
     w, d = size
@@ -155,7 +158,13 @@ def _place(
     elif name in _FREE_STANDING:
         # In the middle, where the room lets one walk all around, else pushed to one side.
         slack = deep - d
-        into = float(rng.uniform(0.3, 0.7)) * slack if slack > 1.3 else 0.015 if rng.random() < 0.5 else slack / 2
+        into = (
+            float(rng.uniform(0.3, 0.7)) * slack
+            if slack > 1.3
+            else 0.015
+            if rng.random() < 0.5
+            else slack / 2
+        )
         along = side.lo + length * float(rng.uniform(0.35, 0.65))
     else:
         if length < w + 0.05:
@@ -209,9 +218,11 @@ def _stays_connected(state: _RoomState, foot: Rect) -> bool:
     x = floor.x0 + (np.arange(columns) + 0.5) * floor.width / columns
     z = floor.z0 + (np.arange(rows) + 0.5) * floor.depth / rows
     free = np.zeros((rows, columns), bool)
-    free[np.ix_((z > floor.z0 + _BODY) & (z < floor.z1 - _BODY), (x > floor.x0 + _BODY) & (x < floor.x1 - _BODY))] = (
-        True
-    )
+    free[
+        np.ix_(
+            (z > floor.z0 + _BODY) & (z < floor.z1 - _BODY), (x > floor.x0 + _BODY) & (x < floor.x1 - _BODY)
+        )
+    ] = True
     doors = [o for o in state.openings if o.kind == "door"]
     goals = []
     for door in doors:
@@ -280,7 +291,9 @@ def _chair_at_desk(mesh: MeshBuilder, state: _RoomState, rng: np.random.Generato
     PIECES["chair"].build(mesh, rng, (w, d, h))
 
 
-def _ceiling_and_walls(mesh: MeshBuilder, state: _RoomState, ceiling: float, rng: np.random.Generator) -> None:
+def _ceiling_and_walls(
+    mesh: MeshBuilder, state: _RoomState, ceiling: float, rng: np.random.Generator
+) -> None:
     """Hangs lamps, pictures and curtains, and puts radiators under windows."""
     floor = state.floor
     stairs = [rect for rect, height in state.taken if height >= 3.0]

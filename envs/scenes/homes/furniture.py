@@ -1,7 +1,7 @@
 """Furniture: every piece a function that builds it out of boxes and prisms.
 
-A piece is built in its own frame: its back stands at ``z = 0`` and it looks along +z, it is centred on ``x = 0``,
-and its feet are at ``y = 0``. ``size`` is its width, depth and height [m].
+A piece is built in its own frame: its back stands at ``z = 0`` and it looks along +z, it is centred on
+``x = 0``, and its feet are at ``y = 0``. ``size`` is its width, depth and height [m].
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def _tone(rng: np.random.Generator, low: float = 0.75) -> Colour:
     return r, g, b
 
 
-def _legs(mesh: MeshBuilder, x: float, z0: float, z1: float, height: float, thick: float, material: str) -> None:
+def _legs(
+    mesh: MeshBuilder, x: float, z0: float, z1: float, height: float, thick: float, material: str
+) -> None:
     for sx in (-x, x - thick):
         for z in (z0, z1 - thick):
             mesh.box((sx, 0, z), (sx + thick, height, z + thick), material, skip="Yy")
@@ -95,7 +97,9 @@ def dining_set(mesh: MeshBuilder, rng: np.random.Generator, size: Size) -> None:
             mesh.box((x - 0.21, 0.475, b0), (x + 0.21, 0.92, b1), seat_wood)
 
 
-def _legs_at(mesh: MeshBuilder, x0: float, x1: float, z0: float, z1: float, height: float, material: str) -> None:
+def _legs_at(
+    mesh: MeshBuilder, x0: float, x1: float, z0: float, z1: float, height: float, material: str
+) -> None:
     for x in (x0, x1 - 0.04):
         for z in (z0, z1 - 0.04):
             mesh.box((x, 0, z), (x + 0.04, height, z + 0.04), material, skip="Yy")
@@ -135,7 +139,15 @@ def bed(mesh: MeshBuilder, rng: np.random.Generator, size: Size) -> None:
 
 
 def _fronts(
-    mesh: MeshBuilder, x0: float, x1: float, y0: float, y1: float, z: float, columns: int, rows: int, material: str
+    mesh: MeshBuilder,
+    x0: float,
+    x1: float,
+    y0: float,
+    y1: float,
+    z: float,
+    columns: int,
+    rows: int,
+    material: str,
 ) -> None:
     """Doors or drawers on a front plane."""
     unit = [(0.0, 1.0), (1.0, 1.0), (1.0, 0.0), (0.0, 0.0)]
@@ -182,7 +194,12 @@ def bookshelf(mesh: MeshBuilder, rng: np.random.Generator, size: Size) -> None:
             x0 = -w / 2 + t + 0.01
             unit = [(0.0, 1.0), (long / 0.9, 1.0), (long / 0.9, 0.0), (0.0, 0.0)]
             front = d - 0.05
-            corners = [(x0, y + t, front), (x0 + long, y + t, front), (x0 + long, top, front), (x0, top, front)]
+            corners = [
+                (x0, y + t, front),
+                (x0 + long, y + t, front),
+                (x0 + long, top, front),
+                (x0, top, front),
+            ]
             mesh.face(corners, "books", unit)
             mesh.box((x0, y + t, 0.03), (x0 + long, top - 0.02, front - 0.01), "dark", skip="yzZ")
 
@@ -245,7 +262,9 @@ def floor_lamp(mesh: MeshBuilder, rng: np.random.Generator, size: Size) -> None:
     r = w / 2
     mesh.prism((0, r), 0, 0.03, r * 0.8, r * 0.75, "metal", 10)
     mesh.prism((0, r), 0.03, h - 0.3, 0.015, 0.015, "metal", 5)
-    mesh.prism((0, r), h - 0.34, h, r, r * 0.65, "linen", 10, (1.0, 0.93, 0.75) if rng.random() < 0.7 else _tone(rng))
+    mesh.prism(
+        (0, r), h - 0.34, h, r, r * 0.65, "linen", 10, (1.0, 0.93, 0.75) if rng.random() < 0.7 else _tone(rng)
+    )
 
 
 def kitchen(mesh: MeshBuilder, rng: np.random.Generator, size: Size) -> None:
@@ -335,7 +354,9 @@ def washing_machine(mesh: MeshBuilder, rng: np.random.Generator, size: Size) -> 
     mesh.box((-w / 2, 0, 0), (w / 2, h, d), "white")
     mesh.box((-w / 2 + 0.02, h - 0.13, d), (w / 2 - 0.02, h - 0.02, d + 0.005), "metal")
     ring = [(0.2 * np.sin(a), 0.42 + 0.2 * np.cos(a), d + 0.004) for a in -np.arange(10) * np.pi / 5]
-    mesh.face(ring, "screen" if rng.random() < 0.5 else "dark", [(p[0] + 0.5, 0.5 - p[1]) for p in ring], shade=1.0)
+    mesh.face(
+        ring, "screen" if rng.random() < 0.5 else "dark", [(p[0] + 0.5, 0.5 - p[1]) for p in ring], shade=1.0
+    )
 
 
 def shelf_rack(mesh: MeshBuilder, rng: np.random.Generator, size: Size) -> None:
@@ -352,7 +373,9 @@ def shelf_rack(mesh: MeshBuilder, rng: np.random.Generator, size: Size) -> None:
             while x < w / 2 - 0.35:
                 long, tall = float(rng.uniform(0.22, 0.4)), float(rng.uniform(0.18, 0.38))
                 if rng.random() < 0.75:
-                    mesh.box((x, y + 0.03, 0.04), (x + long, y + 0.03 + tall, d - 0.06), _cloth(rng), _tone(rng))
+                    mesh.box(
+                        (x, y + 0.03, 0.04), (x + long, y + 0.03 + tall, d - 0.06), _cloth(rng), _tone(rng)
+                    )
                 x += long + 0.08
 
 

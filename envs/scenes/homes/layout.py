@@ -1,7 +1,7 @@
 """Floor plans: rooms, doors, windows and stairs of one home, before anything has thickness or colour.
 
-The outline is split recursively into rooms, with corridors laid along the cuts of larger groups. Several plans
-are drawn for a home and the most liveable one is kept: rooms of a sensible shape, bedrooms and bathrooms
+The outline is split recursively into rooms, with corridors laid along the cuts of larger groups. Several
+plans are drawn for a home and the most liveable one is kept: rooms of a sensible shape, bedrooms and bathrooms
 reached from a hall. Plans are in the world's horizontal plane: ``x`` and ``z`` [m].
 """
 
@@ -27,7 +27,18 @@ _AREAS = {
     "bath": (4.2, 7.5),
     "utility": (4.5, 7.0),
 }
-_PROGRAM = ("living", "bedroom", "bath", "kitchen", "bedroom", "study", "bedroom", "dining", "bath", "utility")
+_PROGRAM = (
+    "living",
+    "bedroom",
+    "bath",
+    "kitchen",
+    "bedroom",
+    "study",
+    "bedroom",
+    "dining",
+    "bath",
+    "utility",
+)
 _SOCIAL = ("hall", "living", "kitchen", "dining", "studio")
 _MIN_SIDE = {"bath": 1.65, "utility": 1.7, "hall": 1.15, "kitchen": 2.3}
 _DOOR_MARGIN = 0.14  # from a wall's end to a door, so that the frame fits
@@ -224,7 +235,9 @@ def draw_plan(rooms: int, floors: int, rng: np.random.Generator) -> Plan:
     if not 1 <= rooms <= len(_PROGRAM):
         raise ValueError(f"rooms is {rooms}; expected 1 (a studio) to {len(_PROGRAM)}")
     if floors not in (1, 2) or (floors == 2 and rooms < 5):
-        raise ValueError(f"floors is {floors} for {rooms} rooms; expected 1, or 2 for homes of at least 5 rooms")
+        raise ValueError(
+            f"floors is {floors} for {rooms} rooms; expected 1, or 2 for homes of at least 5 rooms"
+        )
     ceiling = round(float(rng.uniform(2.45, 2.8)), 2)
     kinds = _program(rooms, rng)
     return _two_floors(kinds, ceiling, rng) if floors == 2 else _one_floor(kinds, ceiling, rng)

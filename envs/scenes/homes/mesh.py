@@ -29,8 +29,8 @@ class Surface:
 class MeshBuilder:
     """Collects faces in a local frame, shades them and files them under the current object.
 
-    There are no lights where these scenes are seen, so shape has to show in the colours: every face is darkened by
-    its direction to one soft light, and furniture and walls get darker towards the floor and the corners.
+    There are no lights where these scenes are seen, so shape has to show in the colours: every face is darkened
+    by its direction to one soft light, and furniture and walls get darker towards the floor and the corners.
     """
 
     def __init__(self, light: Sequence[float] = (0.35, 0.85, 0.4)) -> None:
@@ -83,7 +83,9 @@ class MeshBuilder:
         if length < 1e-12:
             return
         bright = self.facing(normal / length)
-        corner = 0.8 + 0.2 * np.clip(local[:, 1] / 0.4, 0.0, 1.0) if shade is None else np.asarray(shade, float)
+        corner = (
+            0.8 + 0.2 * np.clip(local[:, 1] / 0.4, 0.0, 1.0) if shade is None else np.asarray(shade, float)
+        )
         level = np.clip(bright * corner, 0.0, 1.0) * np.ones(len(local))
         colors = np.ones((len(local), 4))
         colors[:, :3] = level[:, None] * np.asarray(tint)

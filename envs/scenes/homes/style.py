@@ -24,7 +24,14 @@ _WALL_HUES = (
     (0.00, 0.00, 0.80),  # light grey
 )
 _WOODS = ((0.075, 0.55, 0.78), (0.06, 0.62, 0.55), (0.05, 0.6, 0.38), (0.09, 0.4, 0.88), (0.03, 0.65, 0.48))
-_CLOTH = ((0.6, 0.5, 0.55), (0.02, 0.6, 0.65), (0.3, 0.4, 0.5), (0.11, 0.5, 0.85), (0.0, 0.0, 0.45), (0.8, 0.3, 0.6))
+_CLOTH = (
+    (0.6, 0.5, 0.55),
+    (0.02, 0.6, 0.65),
+    (0.3, 0.4, 0.5),
+    (0.11, 0.5, 0.85),
+    (0.0, 0.0, 0.45),
+    (0.8, 0.3, 0.6),
+)
 _WET = ("kitchen", "bath", "utility")
 
 
@@ -71,7 +78,9 @@ class Style:
         self._add("screen", textures.screen, hsv(0, 0, 1), 1.0)
         self._add("mirror", textures.mirror, hsv(0, 0, 1), 1.0)
         for index in range(2):
-            self._add(f"rug_{index + 1}", textures.rug, _near(rng, _CLOTH[int(rng.integers(len(_CLOTH)))]), 1.0)
+            self._add(
+                f"rug_{index + 1}", textures.rug, _near(rng, _CLOTH[int(rng.integers(len(_CLOTH)))]), 1.0
+            )
             self._add(f"view_{index + 1}", textures.view, hsv(0, 0, 1), 1.0)
         for index in range(4):
             frame = woods[index % 3] if index % 2 else hsv(0.1, 0.1, 0.15)
@@ -110,7 +119,9 @@ class Style:
         tiled: Texture = (textures.tiles, textures.checker, textures.stone)[int(rng.integers(3))]
         wet = self._add("floor_tiles", tiled, tone, float(rng.uniform(1.0, 1.6)))
         bath = self._add("floor_bath", textures.tiles, _near(rng, (rng.random(), 0.15, 0.8)), 1.0)
-        carpet = self._add("floor_carpet", textures.carpet, _near(rng, _CLOTH[int(rng.integers(len(_CLOTH)))]), 0.8)
+        carpet = self._add(
+            "floor_carpet", textures.carpet, _near(rng, _CLOTH[int(rng.integers(len(_CLOTH)))]), 0.8
+        )
         return {"main": [main], "wet": [wet, bath], "soft": [main, carpet, carpet]}
 
     def _draw_walls(self) -> dict[str, list[str]]:
@@ -118,7 +129,12 @@ class Style:
         dry = []
         for index, pick in enumerate(rng.permutation(len(_WALL_HUES))[:5]):
             tone = _near(rng, _WALL_HUES[pick])
-            kinds: list[Texture] = [textures.plaster, textures.plaster, textures.wallpaper, textures.wallpaper]
+            kinds: list[Texture] = [
+                textures.plaster,
+                textures.plaster,
+                textures.wallpaper,
+                textures.wallpaper,
+            ]
             kinds.append(textures.brick if rng.random() < 0.5 else textures.panelling)
             scale = float(rng.uniform(0.9, 1.4))
             dry.append(self._add(f"wall_{index + 1}", kinds[index], tone, scale))

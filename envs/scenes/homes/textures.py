@@ -1,7 +1,7 @@
 """Generated textures: small tiling pictures of wood, stone, cloth and paint.
 
-Only sums, products and table look-ups of generated numbers are used, no transforms whose last bits differ between
-machines, so that a seed gives the same pixels everywhere. Every function returns (size, size, 3) uint8.
+Only sums, products and table look-ups of generated numbers are used, no transforms whose last bits differ
+between machines, so that a seed gives the same pixels everywhere. Every function returns (size, size, 3) uint8.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def plain(rng: np.random.Generator, colour: Rgb) -> np.ndarray:
 
 def wood(rng: np.random.Generator, colour: Rgb) -> np.ndarray:
     """Furniture wood: grain along u."""
-    grain = 0.5 * _noise(rng, _SIZE, 48, 3) + 0.3 * _noise(rng, _SIZE, 16, 2) + 0.2 * _noise(rng, _SIZE, 96, 6)
+    grain = (
+        0.5 * _noise(rng, _SIZE, 48, 3) + 0.3 * _noise(rng, _SIZE, 16, 2) + 0.2 * _noise(rng, _SIZE, 96, 6)
+    )
     return _paint(colour, 0.72 + 0.36 * grain)
 
 
@@ -161,7 +163,7 @@ def carpet(rng: np.random.Generator, colour: Rgb) -> np.ndarray:
 def fabric(rng: np.random.Generator, colour: Rgb) -> np.ndarray:
     """Cloth: a weave, now and then with stripes or checks."""
     index = np.arange(_SIZE)
-    weave = 0.92 + 0.08 * (((index[:, None] // 2 + index[None, :] // 2) % 2))
+    weave = 0.92 + 0.08 * ((index[:, None] // 2 + index[None, :] // 2) % 2)
     level = weave * (0.92 + 0.1 * _noise(rng, _SIZE, 40))
     kind = rng.random()
     stripe = ((index * 6 // _SIZE) % 2).astype(float)
@@ -169,7 +171,9 @@ def fabric(rng: np.random.Generator, colour: Rgb) -> np.ndarray:
     if kind < 0.5:
         return _paint(colour, level)
     pattern = np.broadcast_to(stripe, (_SIZE, _SIZE))
-    return _mix(colour, other, pattern * (0.6 if kind < 0.75 else 0.35) + (kind >= 0.75) * 0.35 * pattern.T, level)
+    return _mix(
+        colour, other, pattern * (0.6 if kind < 0.75 else 0.35) + (kind >= 0.75) * 0.35 * pattern.T, level
+    )
 
 
 def wallpaper(rng: np.random.Generator, colour: Rgb) -> np.ndarray:
@@ -210,7 +214,13 @@ def rug(rng: np.random.Generator, colour: Rgb) -> np.ndarray:
     step = int(rng.choice([16, 20, 32]))
     dx, dy = np.abs(x % step - step // 2), np.abs(y % step - step // 2)
     kind = int(rng.integers(3))
-    figure = (dx + dy < step * 0.3) if kind == 0 else (np.maximum(dx, dy) < step * 0.22) if kind == 1 else dy < step // 5
+    figure = (
+        (dx + dy < step * 0.3)
+        if kind == 0
+        else (np.maximum(dx, dy) < step * 0.22)
+        if kind == 1
+        else dy < step // 5
+    )
     out = _mix(colour, second, figure.astype(float), 0.85 + 0.2 * rng.random((_SIZE, _SIZE)))
     for low, high, tone in ((0, 4, third), (4, 12, second), (12, 15, third)):
         band = (edge >= low) & (edge < high)
@@ -250,12 +260,16 @@ def painting(rng: np.random.Generator, colour: Rgb) -> np.ndarray:
         for _ in range(7):
             x0, y0 = rng.integers(0, 72, 2)
             w, h = rng.integers(14, 50, 2)
-            out[y0 : y0 + h, x0 : x0 + w] = np.asarray(hsv(hue + rng.uniform(-0.2, 0.6), 0.7, rng.uniform(0.4, 0.95))) * 255
+            out[y0 : y0 + h, x0 : x0 + w] = (
+                np.asarray(hsv(hue + rng.uniform(-0.2, 0.6), 0.7, rng.uniform(0.4, 0.95))) * 255
+            )
     else:
         out = _paint(hsv(hue, 0.3, 0.35), np.ones((size, size)))
         for _ in range(6):
             cx, cy, r = rng.uniform(0.15, 0.85), rng.uniform(0.15, 0.85), rng.uniform(0.06, 0.25)
-            out[(x - cx) ** 2 + (y - cy) ** 2 < r * r] = np.asarray(hsv(hue + rng.uniform(0.1, 0.7), 0.6, 0.9)) * 255
+            out[(x - cx) ** 2 + (y - cy) ** 2 < r * r] = (
+                np.asarray(hsv(hue + rng.uniform(0.1, 0.7), 0.6, 0.9)) * 255
+            )
     edge = np.minimum(np.minimum(x, 1 - x), np.minimum(y, 1 - y))
     out[edge < 0.12] = 236
     out[edge < 0.055] = np.asarray(colour) * 255

@@ -73,7 +73,7 @@ def _nearest(word: str, known: Sequence[str]) -> str:
 
 def _train_help() -> str:
     """Every group, option and setting of ``navagent train``, with its default and what it is for."""
-    from navagent.config import GROUPS, options, settings
+    from navagent.config import GROUPS, as_typed, options, settings
 
     width = max(100, min(shutil.get_terminal_size().columns, 120))
     lines = [
@@ -105,13 +105,13 @@ def _train_help() -> str:
         )
     lines += ["", "settings, with their defaults:"]
     leaves = list(settings())
-    column = 2 + min(44, max(len(f"{leaf.name}={_shown(leaf.default)}") for leaf in leaves))
+    column = 2 + min(44, max(len(f"{leaf.name}={as_typed(leaf.default)}") for leaf in leaves))
     section = ""
     for leaf in leaves:
         if leaf.name.partition(".")[0] != section and "." in leaf.name:
             lines.append("")
             section = leaf.name.partition(".")[0]
-        head = f"  {leaf.name}={_shown(leaf.default)}"
+        head = f"  {leaf.name}={as_typed(leaf.default)}"
         help_text = leaf.help + (f": {' | '.join(leaf.choices)}" if leaf.choices else "")
         if len(head) > column:
             lines.append(head)
@@ -119,13 +119,6 @@ def _train_help() -> str:
         pad = " " * (column + 2)
         lines += textwrap.wrap(help_text, width, initial_indent=f"{head:{column + 2}}", subsequent_indent=pad)
     return "\n".join(lines)
-
-
-def _shown(value: object) -> str:
-    """A default as the command line would take it."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
 
 
 def _train(arguments: Sequence[str]) -> int:

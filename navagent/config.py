@@ -538,6 +538,13 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
+def as_typed(value: Any) -> str:
+    """A value as the command line takes it."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def to_yaml(config: TrainConfig) -> str:
     """The settings as YAML text that :func:`read_config` reads back."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)

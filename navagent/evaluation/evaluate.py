@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
+from envs.episodes import Episode
 from envs.vector_env import PointNavVectorEnv
 from navagent.evaluation.agents import Agent
 from navagent.evaluation.results import EpisodeResult
@@ -92,6 +94,16 @@ def evaluate_agent(
             if progress is not None:
                 progress(len(results), len(episodes))
     return [results[index] for index in range(len(episodes))]
+
+
+def spread(episodes: Sequence[Episode], count: int) -> list[Episode]:
+    """``count`` of the episodes, as evenly over the scenes as they allow, in their order."""
+    by_scene: dict[str, list[int]] = defaultdict(list)
+    for index, episode in enumerate(episodes):
+        by_scene[episode.scene_id].append(index)
+    # First every scene's first episode, then every scene's second, and so on.
+    turns = sorted((turn, index) for own in by_scene.values() for turn, index in enumerate(own))
+    return [episodes[index] for index in sorted(index for _, index in turns[:count])]
 
 
 def _poses(env: PointNavVectorEnv) -> NDArray[np.float32]:

@@ -15,7 +15,7 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from rich.table import Table
 
 from navagent.evaluation.results import EpisodeResult
@@ -94,10 +94,12 @@ def bootstrap_interval(
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or not len(array):
         raise ValueError(f"a mean needs a list of values, got shape {array.shape}")
-    sums, sizes = array, np.ones(len(array))
+    sums: NDArray[np.float64] = array
+    sizes: NDArray[np.float64] = np.ones(len(array))
     if groups is not None:
         labels = np.unique(np.asarray([str(group) for group in groups]), return_inverse=True)[1]
-        sums, sizes = np.bincount(labels, array), np.bincount(labels).astype(np.float64)
+        sums = np.bincount(labels, weights=array).astype(np.float64)
+        sizes = np.bincount(labels).astype(np.float64)
     generator = np.random.default_rng(seed)
     means = np.empty(resamples)
     chunk = max(1, min(resamples, 2_000_000 // len(sums)))
@@ -185,3 +187,15 @@ def from_json(data: Mapping[str, Mapping[str, Any]]) -> dict[str, Estimate]:
         )
         for name, value in data.items()
     }
+
+
+def scalars(summary: Mapping[str, Estimate], prefix: str = "eval/") -> dict[str, float]:
+    """A summary as flat numbers for a log: ``eval/spl``, ``eval/spl_low``, ``eval/spl_high`` and so on."""
+    flat: dict[str, float] = {}
+    for name, value in summary.items():
+        flat |= {
+            f"{prefix}{name}": value.mean,
+            f"{prefix}{name}_low": value.low,
+            f"{prefix}{name}_high": value.high,
+        }
+    return flat

@@ -1,0 +1,312 @@
+"""``navagent evaluate``: agents on a split, their table, and the pictures and report of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import cv2
+from gymnasium.vector import AutoresetMode
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from envs.episodes import Episode
+from envs.files import atomic_write
+from envs.vector_env import PointNavVectorEnv
+from navagent.build import Split, load_split, make_vector_env, policy_settings, read_split
+from navagent.config import ConfigError, SensorsConfig, TrainConfig, nearest, read_config
+from navagent.evaluation.agents import BASELINES, Agent, PolicyAgent
+from navagent.evaluation.evaluate import evaluate_agent, spread
+from navagent.evaluation.metrics import paired_difference, results_table, summarise, to_json
+from navagent.evaluation.pictures import Studio
+from navagent.evaluation.report import write_report
+from navagent.evaluation.results import EpisodeResult, write_results
+from navagent.evaluation.video import SUFFIX, write_video
+from navagent.runs import CheckpointError, Run
+from policies.actor_critic import NavigationPolicy
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What ``navagent evaluate`` is asked for."""
+
+    run: str
+    """Folder of the run."""
+    split: str | None = None
+    """Split of the run's own data set; its val split if None."""
+    dataset: str | None = None
+    """Another PointNav-v1 file, in place of a split."""
+    scenes: str | None = None
+    """Folder that the file's scene ids start from; by default the run's scenes."""
+    episodes: int | None = None
+    """At most so many episodes, spread over the scenes; all if None."""
+    agents: str = "run,random,expert"
+    """Who is evaluated, with commas: ``run``, a name of :data:`BASELINES`, a run's folder or NAME=FOLDER."""
+    checkpoint: str = "best"
+    """``best``, ``latest`` or a number of frames."""
+    deterministic: bool = False
+    """Whether policies take their most probable action."""
+    seed: int = 0
+    """Seed of drawn actions and of intervals."""
+    out: str | None = None
+    """Folder of the results; ``RUN/evaluation/SPLIT`` if None."""
+    maps: int = 8
+    """Episodes with a map."""
+    videos: int = 2
+    """Episodes with a video."""
+    device: str = "auto"
+    """cpu, cuda or auto."""
+
+    def __post_init__(self) -> None:
+        if self.episodes is not None and self.episodes < 1:
+            raise ConfigError(f"--episodes {self.episodes} must be at least 1")
+        for name in ("maps", "videos", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"--{name} {getattr(self, name)} must be at least 0")
+        if self.split is not None and self.dataset is not None:
+            raise ConfigError(
+                "--split names a split of the run's own data set: give it or --dataset, not both"
+            )
+        if self.scenes is not None and self.dataset is None:
+            raise ConfigError("--scenes goes with --dataset")
+        if self.dataset is not None and not Path(self.dataset).is_file():
+            raise ConfigError(f"--dataset {self.dataset} is not a file")
+        if self.scenes is not None and not Path(self.scenes).is_dir():
+            raise ConfigError(f"--scenes {self.scenes} is not a folder")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row of the table."""
+
+    name: str
+    """How the table calls it."""
+    run: Run | None
+    """The run it was trained in; None for agents without training."""
+
+
+def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> Path:
+    """Evaluates a run and others beside it; returns the folder of the results.
+
+    Writes ``summary.json``, ``episodes.jsonl``, ``maps/``, ``views/`` and ``videos/`` there, and the run's
+    ``report.html`` anew.
+    """
+    console = console or Console()
+    run = Run(options.run)
+    config = dataclasses.replace(read_config(run.config_path), device=options.device)
+    contenders = parse_agents(options.agents, run)
+    # A broken checkpoint should be found before the first agent has run for minutes.
+    checkpoints = {c.name: c.run.checkpoint(options.checkpoint) for c in contenders if c.run is not None}
+    split = _split(options, config)
+    episodes = spread(split.episodes, options.episodes or len(split.episodes))
+    scenes = {episode.scene_id: split.scenes[episode.scene_id] for episode in episodes}
+
+    results: dict[str, list[EpisodeResult]] = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as progress:
+        for contender in contenders:
+            task = progress.add_task(contender.name, total=len(episodes))
+            results[contender.name] = _evaluate(
+                contender,
+                config,
+                episodes,
+                scenes,
+                options,
+                lambda done, _, task=task: progress.update(task, completed=done),  # type: ignore[misc]
+            )
+    out = Path(options.out) if options.out else run.path / "evaluation" / split.name
+    out.mkdir(parents=True, exist_ok=True)
+    summaries = {name: summarise(found, options.seed) for name, found in results.items()}
+    shown = contenders[0]
+    shown_config = config if shown.run is None else _contender_config(shown.run, config)
+    pictures = _draw(results[shown.name], split, shown_config, options, out)
+    first, *others = results.values()
+    summary: dict[str, Any] = {
+        "split": split.name,
+        "dataset": options.dataset or config.scenes.dataset,
+        "task": config.env.name,
+        "episodes": len(episodes),
+        "scenes": len(scenes),
+        "seed": options.seed,
+        "deterministic": options.deterministic,
+        "checkpoints": {name: file.name for name, file in checkpoints.items()},
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "agents": {name: to_json(summary) for name, summary in summaries.items()},
+        "difference": {
+            found[0].agent: to_json(
+                {name: paired_difference(first, found, name, options.seed) for name in ("success", "spl")}
+            )
+            for found in others
+        },
+        "pictures": pictures,
+    }
+    write_results([result for found in results.values() for result in found], out / "episodes.jsonl")
+    with atomic_write(out / "summary.json") as temporary:
+        temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    title = f"{run.path.name} on {split.name}: {len(episodes)} episodes in {len(scenes)} scenes"
+    console.print(results_table(summaries, title))
+    report = write_report(run)
+    console.print(f"results  {out}\nreport   {report}", soft_wrap=True)
+    return out
+
+
+def parse_agents(text: str, run: Run) -> list[Contender]:
+    """The agents that ``--agents`` names, in order.
+
+    Raises:
+        ConfigError: for a name that is no agent, with the nearest one, or one given twice.
+    """
+    known = ["run", *BASELINES]
+    contenders: list[Contender] = []
+    for word in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, folder = word.partition("=")
+        if equals:
+            contender = Contender(name, Run(folder))
+        elif word == "run":
+            contender = Contender("run", run)
+        elif word in BASELINES:
+            contender = Contender(word, None)
+        elif Path(word).is_dir():
+            contender = Contender(Path(word).resolve().name, Run(word))
+        else:
+            raise ConfigError(
+                f"--agents: {word!r} is no agent{nearest(word, known)} (known: {', '.join(known)}, a run's "
+                f"folder, or NAME=FOLDER)"
+            )
+        if contender.name in [other.name for other in contenders]:
+            raise ConfigError(
+                f"--agents: {contender.name!r} is there twice; give one another name, NAME=FOLDER"
+            )
+        contenders.append(contender)
+    if not contenders:
+        raise ConfigError(f"--agents names no agent (known: {', '.join(known)}, or a run's folder)")
+    return contenders
+
+
+def _split(options: EvaluateOptions, config: TrainConfig) -> Split:
+    if options.dataset is None:
+        return load_split(config, options.split or config.scenes.val_split)
+    file = Path(options.dataset).resolve()
+    name = file.name.removesuffix(".gz").removesuffix(".json")
+    # The folders above tell gibson/v1/val from mp3d/v1/val.
+    parts = dict.fromkeys([*(folder.name for folder in (file.parents[2], file.parents[1])), name])
+    scenes = options.scenes or config.scenes.scenes_dir or file.parents[2]
+    return read_split(file, Path(scenes).expanduser(), "-".join(filter(None, parts)))
+
+
+def _contender_config(run: Run, config: TrainConfig) -> TrainConfig:
+    """The settings under which a run's agent is evaluated: its own senses, but the task of ``config``."""
+    own = read_config(run.config_path)
+    return dataclasses.replace(
+        own,
+        env=config.env,
+        scenes=config.scenes,
+        device=config.device,
+        num_threads=config.num_threads,
+    )
+
+
+def load_policy(run: Run, env: PointNavVectorEnv, checkpoint: str | int = "best") -> NavigationPolicy:
+    """The policy saved in a run's checkpoint, ready to act in ``env``.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it does not fit the run's settings or ``env``.
+    """
+    config = read_config(run.config_path)
+    # All weights are in the checkpoint; the files they started from may be gone.
+    config = dataclasses.replace(
+        config,
+        encoder=dataclasses.replace(config.encoder, weights="random"),
+        adaptation=dataclasses.replace(config.adaptation, side_init="random", side_weights=None),
+    )
+    policy = NavigationPolicy(
+        env.single_observation_space, env.single_action_space, lambda _: 0.0, **policy_settings(config)
+    )
+    state = run.load_checkpoint(checkpoint)
+    try:
+        policy.load_state_dict(state["policy"])
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{run.checkpoint(checkpoint)}: does not fit the settings in {run.config_path}: {error}"
+        ) from None
+    return policy.to(env.simulator.device)
+
+
+def _evaluate(
+    contender: Contender,
+    config: TrainConfig,
+    episodes: list[Episode],
+    scenes: dict[str, Path],
+    options: EvaluateOptions,
+    progress: Any,
+) -> list[EpisodeResult]:
+    num_envs = min(config.evaluation.num_envs, len(episodes))
+
+    def environment(settings: TrainConfig) -> PointNavVectorEnv:
+        return make_vector_env(
+            settings, episodes, scenes, num_envs, "once", AutoresetMode.NEXT_STEP, seed=options.seed
+        )
+
+    if contender.run is None:
+        # Who does not look needs no rendering.
+        env = environment(dataclasses.replace(config, sensors=SensorsConfig(rgb=False, depth=False)))
+        agent: Agent = BASELINES[contender.name]()
+    else:
+        env = environment(_contender_config(contender.run, config))
+        policy = load_policy(contender.run, env, options.checkpoint)
+        agent = PolicyAgent(policy, contender.name, options.deterministic)
+    try:
+        return evaluate_agent(env, agent, options.seed, progress)
+    finally:
+        env.close()
+
+
+def _draw(
+    results: list[EpisodeResult], split: Split, config: TrainConfig, options: EvaluateOptions, out: Path
+) -> list[dict[str, Any]]:
+    """Draws maps, views and videos of episodes chosen evenly, whatever came of them; lists the files."""
+    count = min(max(options.maps, options.videos), len(results))
+    if count == 0:
+        return []
+    chosen = [results[index * len(results) // count] for index in range(count)]
+    for folder in ("maps", "views", "videos"):
+        for old in (out / folder).glob("*"):
+            old.unlink()
+    pictures: list[dict[str, Any]] = []
+    videos = {index * count // max(options.videos, 1) for index in range(min(options.videos, count))}
+    studio: Studio | None = None
+    scene_shown = ""
+    for index, result in enumerate(chosen):
+        if studio is None or scene_shown != result.scene_id:
+            if studio is not None:
+                studio.close()
+            studio, scene_shown = Studio(split.scenes[result.scene_id], config), result.scene_id
+        stem = f"{index:03d}-{Path(result.scene_id).stem}-{_safe(result.episode_id)}"
+        picture: dict[str, Any] = {"result": result.to_json()}
+        if index < options.maps:
+            picture["map"] = _write_png(out / "maps" / f"{stem}.png", studio.map(result), out)
+            picture["view"] = _write_png(out / "views" / f"{stem}.png", studio.view(result), out)
+        if index in videos:
+            path = out / "videos" / f"{stem}{SUFFIX}"
+            write_video(studio.video(result), path)
+            picture["video"] = path.relative_to(out).as_posix()
+        pictures.append(picture)
+    if studio is not None:
+        studio.close()
+    return pictures
+
+
+def _safe(name: str) -> str:
+    """An episode's id as a file name may hold it; it comes from a file that anyone may have written."""
+    return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)[:40]
+
+
+def _write_png(path: Path, image: Any, out: Path) -> str:
+    with atomic_write(path) as temporary:
+        cv2.imwrite(str(temporary), cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    return path.relative_to(out).as_posix()

@@ -22,8 +22,8 @@ class Outline:
     """A closed polygon around one region."""
 
     corners: NDArray[np.int64]
-    """x, y and z of each corner (n, 3) [cells], clockwise seen from above. Corners are passed twice where a
-    hole was cut open."""
+    """x, y and z of each corner (n, 3) [cells], counter-clockwise seen from above. Corners are passed twice
+    where a hole was cut open."""
     region: int
     """The region inside."""
 

@@ -26,7 +26,7 @@ class PolygonMesh:
     corners: NDArray[np.int64]
     """x, y and z of each corner: (V, 3) [cells]."""
     polygons: NDArray[np.int32]
-    """Corners of each polygon, clockwise seen from above, -1 behind the last: (P, 6)."""
+    """Corners of each polygon, counter-clockwise seen from above, -1 behind the last: (P, 6)."""
     neighbours: NDArray[np.int32]
     """Polygon across the edge from corner j to j + 1, -1 where there is none: (P, 6)."""
     regions: NDArray[np.int32]

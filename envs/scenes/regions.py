@@ -23,7 +23,7 @@ _FAR = 1 << 30
 
 @dataclass(frozen=True)
 class Borders:
-    """Closed walks around regions, with the region on the right: E steps in C walks."""
+    """Closed walks around regions, with the region on the left: E steps in C walks."""
 
     spans: NDArray[np.int32]
     """Span inside the region at each step: (E,)."""
@@ -50,7 +50,7 @@ def trace_borders(neighbours: NDArray[np.int32], labels: NDArray[np.int32]) -> B
     edge = (beyond != labels[:, None]) & (labels > 0)[:, None]
     edge[edge.all(axis=1)] = False
     spans, sides = (part.astype(np.int32) for part in np.nonzero(edge))
-    # The next step turns right at the span's own corner, goes straight on along the next span, or turns left.
+    # The next step turns left at the corner of the span, goes straight on along the next one, or turns right.
     following = np.full(len(spans), -1, dtype=np.int64)
     at, side = spans, (sides + 1) % 4
     for _ in range(3):

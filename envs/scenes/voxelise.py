@@ -21,7 +21,7 @@ NO_SPAN = -1
 """Neighbour of a span on a side where no step leads."""
 
 SIDES = ((-1, 0), (0, 1), (1, 0), (0, -1))
-"""Offset in x and z of the cell on each side; one side on is clockwise seen from above."""
+"""Offset in x and z of the cell on each side; one side on is counter-clockwise seen from above."""
 
 _MAX_COLUMNS = 1 << 26
 _MAX_HEIGHT = 8191

@@ -27,8 +27,8 @@ _CELL_SIZE = 0.5
 _GRID_ENTRIES = 1_000_000
 # Fewer queries than this, about half a millisecond, are not worth a thread of their own.
 _MIN_QUERIES_PER_THREAD = 512
-# Searches at a time on a GPU, each with its scratch memory.
-_GPU_WORKERS = 4096
+# Searches at a time on a GPU, each with about 100 kB of scratch memory.
+_GPU_WORKERS = 2048
 
 
 class PathFinder:
@@ -176,7 +176,8 @@ class PathFinder:
         count = torch.empty(len(scene), dtype=torch.int64, device=self.device)
         points = torch.zeros((len(scene), max_points, 3), device=self.device)
         # Warp cannot view a tensor without elements.
-        corners = _points(points) if points.numel() else wp.empty((1, 0), dtype=wp.vec3, device="cpu")
+        none = wp.empty((1, 0), dtype=wp.vec3, device=self._warp_device)
+        corners = _points(points) if points.numel() else none
         self._launch(
             detour_paths.path_kernel,
             len(scene),

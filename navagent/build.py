@@ -169,7 +169,7 @@ def make_vector_env(
 
     from envs.noise import NoiseConfig
     from envs.sampler import EpisodeSampler
-    from envs.simulators.raycast import RaycastSimulator
+    from envs.simulators.raycast.simulator import RaycastSimulator
     from envs.task import PointNavConfig
     from envs.vector_env import PointNavVectorEnv
 

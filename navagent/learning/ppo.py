@@ -168,6 +168,7 @@ class PPO(OnPolicyAlgorithm):
         """Measures of the newest episodes."""
         self.episodes_of_rollout: list[dict[str, float]] = []
         """Measures of the episodes that ended in the newest rollout."""
+        self._frames_logged = 0
         self._memory: Tensor | None = None
         self._tensor_env: TensorEnv | None = None
 
@@ -238,6 +239,7 @@ class PPO(OnPolicyAlgorithm):
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
+        self._frames_logged = self.num_timesteps
         callback.on_training_start(locals(), globals())
         assert self.env is not None
         iteration = 0
@@ -498,16 +500,16 @@ class PPO(OnPolicyAlgorithm):
 
     def dump_logs(self, iteration: int = 0) -> None:
         """Writes means over the newest episodes, times by stage, and the update's losses."""
-        elapsed = max((time.time_ns() - self.start_time) / 1e9, 1e-9)
-        frames = self.num_timesteps - self._num_timesteps_at_start
         stages = sum(self.stage_seconds.values())
-        self.logger.record("time/frames", self.num_timesteps)
-        self.logger.record("time/frames_per_second", frames / elapsed)
+        frames = self.num_timesteps - self._frames_logged
+        self._frames_logged = self.num_timesteps
+        self.logger.record("time/frames_per_second", frames / stages if stages > 0 else 0.0)
         for stage, seconds in self.stage_seconds.items():
             self.logger.record(f"time/{stage}_seconds", seconds)
             self.logger.record(f"time/{stage}_share", seconds / stages if stages > 0 else 0.0)
         self.stage_seconds.clear()
-        self.logger.record("rollout/phase", self.phase, exclude="tensorboard")
+        phase = "imitation" if self.rollout_buffer.has_expert_actions else "ppo"
+        self.logger.record("rollout/phase", phase, exclude="tensorboard")
         self.logger.record("rollout/episodes", len(self.episodes_of_rollout))
         names: dict[str, list[float]] = defaultdict(list)
         for episode in self.recent_episodes:

@@ -1,8 +1,13 @@
 """A bounding volume hierarchy over triangles, for kernels that walk it themselves.
 
-Warp's own mesh query answers one ray at a time. The cameras here send thousands of rays from one point, so the
-renderer walks a tree once for a block of pixels instead, and needs to see the nodes for that.
+Warp's own mesh query answers one ray at a time. The cameras here send thousands of rays from one point, so
+the renderer walks a tree once for a block of pixels instead, and needs to see the nodes for that.
 """
+
+# Warp compiles the source: a variable that a branch or a loop changes has to be made by int() or float(), and
+# types are Warp's own.
+# ruff: noqa: UP018, RUF046
+# mypy: ignore-errors
 
 from __future__ import annotations
 
@@ -26,7 +31,7 @@ _HUGE = wp.constant(3.0e38)
 
 @wp.struct
 class Node:
-    """A box with two nodes below it, ``first`` and the one after, or with ``count`` triangles from ``first``."""
+    """A box with two nodes below it, ``first`` and the next, or with ``count`` triangles from ``first``."""
 
     lower: wp.vec3
     first: wp.int32
@@ -70,11 +75,11 @@ def _build(
 ) -> None:
     """Splits nodes by the surface area heuristic over bins (Wald 2007), in one thread.
 
-    Nodes are worked on in the order in which they are made, so the list of nodes is also the list of work. The
-    triangles' boxes move with their numbers, so that a node's lie together.
+    Nodes are worked on in the order in which they are made, so the list of nodes is also the list of work.
+    The triangles' boxes move with their numbers, so that a node's lie together.
     """
-    used = int(1)  # noqa: RUF046, UP018
-    current = int(0)  # noqa: RUF046, UP018
+    used = int(1)
+    current = int(0)
     while current < used:
         first = nodes[current].first
         count = nodes[current].count
@@ -97,8 +102,8 @@ def _build(
         node.count = count
         if count > _MAX_LEAF:
             middle = first + count // 2
-            best_axis = int(-1)  # noqa: RUF046
-            best_bin = int(0)  # noqa: RUF046, UP018
+            best_axis = int(-1)
+            best_bin = int(0)
             best_cost = float(_HUGE)
             extent = center_upper - center_lower
             if depths[current] < _BALANCED_DEPTH:
@@ -124,7 +129,7 @@ def _build(
                     if extent[axis] > 0.0:
                         side_lower = wp.vec3(_HUGE, _HUGE, _HUGE)
                         side_upper = -side_lower
-                        side_count = int(0)  # noqa: RUF046, UP018
+                        side_count = int(0)
                         for k in range(_BINS - 1):
                             b = _BINS - 1 - k
                             side_lower = wp.min(side_lower, bin_lower[axis * _BINS + b])
@@ -135,13 +140,14 @@ def _build(
                                 cost_right[b] = float(side_count) * _half_area(side_lower, side_upper)
                         side_lower = wp.vec3(_HUGE, _HUGE, _HUGE)
                         side_upper = -side_lower
-                        side_count = int(0)  # noqa: RUF046, UP018
+                        side_count = int(0)
                         for b in range(_BINS - 1):
                             side_lower = wp.min(side_lower, bin_lower[axis * _BINS + b])
                             side_upper = wp.max(side_upper, bin_upper[axis * _BINS + b])
                             side_count = side_count + bin_count[axis * _BINS + b]
                             if side_count > 0 and side_count < count:
-                                cost = float(side_count) * _half_area(side_lower, side_upper) + cost_right[b + 1]
+                                cost = float(side_count) * _half_area(side_lower, side_upper)
+                                cost = cost + cost_right[b + 1]
                                 if cost < best_cost:
                                     best_cost = cost
                                     best_axis = axis

@@ -2,10 +2,15 @@
 
 Rendering takes two steps. :func:`cast` finds the triangle that each pixel's ray meets first. All rays of a
 camera leave from one point, so it walks the scene's tree once for a block of pixels and tests a triangle
-against all of them: the three edge functions of a triangle and its inverse depth are linear over the image, and
-each pixel costs a few additions. This is the ray cast of those pixels' centres, only regrouped. Then one kernel
-for each sensor turns triangle and depth into what the sensor shows.
+against all of them: the three edge functions of a triangle and its inverse depth are linear over the image,
+and each pixel costs a few additions. This is the ray cast of those pixels' centres, only regrouped. Then one
+kernel for each sensor turns triangle and depth into what the sensor shows.
 """
+
+# Warp compiles the source: a variable that a branch or a loop changes has to be made by int(), float() or
+# bool(), and types are Warp's own.
+# ruff: noqa: UP018, RUF046
+# mypy: ignore-errors
 
 from __future__ import annotations
 
@@ -14,7 +19,7 @@ import warp as wp
 from envs.simulators.raycast.bvh import STACK_SIZE, Node
 
 wp.config.quiet = True
-wp.set_module_options({"enable_backward": False})
+wp.set_module_options({"enable_backward": False, "max_unroll": 1})
 
 NEAR = wp.constant(0.01)
 """Nearest that a camera sees [m], Habitat's near plane."""
@@ -26,7 +31,7 @@ _Stack = wp.types.vector(length=STACK_SIZE, dtype=wp.int32)
 
 @wp.struct
 class Surface:
-    """A material: colour factor times 255, rows of its mip levels, wrap modes as in ``WRAP_CODES``."""
+    """A material: colour factor, rows of its mip levels, wrap modes as in ``WRAP_CODES``."""
 
     color: wp.vec3
     first_level: wp.int32
@@ -149,10 +154,12 @@ def cast(
 ) -> None:
     """Finds the nearest front face for a block of ``tile`` x ``tile`` pixels.
 
-    Writes 1 / depth along the axis and the face, 1 / FAR and -1 where there is none. Back faces are invisible,
-    as in Habitat. Edge functions are taken about the edges' midpoints, so that two triangles get exactly
-    opposite values along the edge that they share and no ray slips between them (Woop, Benthin and Wald 2013
-    for why; the form is that of Davidovic et al. 2012).
+    Writes 1 / depth along the axis and the face, 1 / FAR and -1 where there is none. Back faces are
+    invisible, as in Habitat, even those of double-sided materials. Edge functions are made from the sum and
+    difference of an edge's ends: two triangles then get exactly opposite values along the edge that they
+    share, and no ray slips between them. For edge functions in three dimensions see Davidovic, Engelhardt,
+    Georgiev, Slusallek and Dachsbacher, "3D rasterization: a bridge between rasterization and ray casting"
+    (2012).
     """
     columns = (camera.width + tile - 1) // tile
     rows = (camera.height + tile - 1) // tile
@@ -189,7 +196,7 @@ def cast(
 
     data = scenes[int(views.scene[agent])]
     stack = _Stack()
-    size = int(1)  # noqa: RUF046, UP018
+    size = int(1)
     stack[0] = 0
     # Depth of the farthest pixel so far: what lies behind it cannot be seen.
     far = float(FAR)
@@ -328,7 +335,7 @@ def shade_instance(
     pixel = start + wp.tid()
     agent = pixel // (camera.width * camera.height)
     face = hit_face[pixel]
-    number = int(0)  # noqa: RUF046, UP018
+    number = int(0)
     if face >= 0:
         data = scenes[int(views.scene[agent])]
         number = data.faces[face].instance
@@ -390,7 +397,8 @@ def _sample_level(
     weight_a = wp.uint32(256) - weight_x - weight_c
     outer = wp.uint32(0x00FF00FF)
     inner = wp.uint32(0x000000FF)
-    red_blue = (a & outer) * weight_a + (b & outer) * weight_b + (c & outer) * weight_c + (d & outer) * weight_d
+    red_blue = (a & outer) * weight_a + (b & outer) * weight_b
+    red_blue = red_blue + (c & outer) * weight_c + (d & outer) * weight_d
     green = (
         ((a >> eight) & inner) * weight_a
         + ((b >> eight) & inner) * weight_b
@@ -398,7 +406,7 @@ def _sample_level(
         + ((d >> eight) & inner) * weight_d
     )
     return (
-        wp.vec3(float(red_blue & wp.uint32(0xFFFF)), float(green), float(red_blue >> wp.uint32(16))) * 0.00390625
+        wp.vec3(float(red_blue & wp.uint32(0xFFFF)), float(green), float(red_blue >> wp.uint32(16))) / 256.0
     )
 
 
@@ -407,74 +415,81 @@ def shade_rgb(
     scenes: wp.array(dtype=SceneData),
     views: Views,
     camera: Camera,
+    span: int,
     start: int,
     inverse_depth: wp.array(dtype=wp.float32),
     hit_face: wp.array(dtype=wp.int32),
     rgb: wp.array(dtype=wp.uint8),
 ) -> None:
-    """Colour: factor times texture times vertex colour, textures sampled trilinearly as OpenGL does."""
-    pixel = start + wp.tid()
-    column = pixel % camera.width
-    line = pixel // camera.width
+    """Colour of ``span`` pixels of a row: factor times texture times vertex colour.
+
+    Textures are sampled as OpenGL does: trilinearly, the mip level by the larger of the distances that one
+    pixel to the right and one pixel up move on the texture.
+    """
+    first = start + wp.tid() * span
+    line = first // camera.width
     row = line % camera.height
     agent = line // camera.height
-    color = wp.vec3()
-    index = hit_face[pixel]
-    if index >= 0:
-        data = scenes[int(views.scene[agent])]
-        face = data.faces[index]
-        surface = data.surfaces[face.surface]
-        color = wp.vec3(255.0, 255.0, 255.0)
-        axes = _camera_axes(camera, views.heading[agent])
-        x = (float(column) + 0.5 - 0.5 * float(camera.width)) * camera.step
-        y = (0.5 * float(camera.height) - float(row) - 0.5) * camera.step
-        direction = x * axes[0] + y * axes[1] - axes[2]
-        depth = 1.0 / inverse_depth[pixel]
-        offset = views.position[agent] + wp.vec3(0.0, camera.lift, 0.0) + depth * direction - face.anchor
-        if surface.num_levels > 0:
-            finest = data.levels[surface.first_level]
-            # How far the hit moves on the surface from this pixel to the next, in texels.
-            pixel_size = camera.step * depth
-            slant = 1.0 / wp.dot(face.normal, direction)
-            along_x = pixel_size * (axes[0] - direction * (wp.dot(face.normal, axes[0]) * slant))
-            along_y = pixel_size * (axes[1] - direction * (wp.dot(face.normal, axes[1]) * slant))
-            u_scale = float(finest[1])
-            v_scale = float(finest[2])
-            u_x = wp.dot(face.u_gradient, along_x) * u_scale
-            u_y = wp.dot(face.u_gradient, along_y) * u_scale
-            v_x = wp.dot(face.v_gradient, along_x) * v_scale
-            v_y = wp.dot(face.v_gradient, along_y) * v_scale
-            footprint = wp.max(u_x * u_x + v_x * v_x, u_y * u_y + v_y * v_y)
-            s = _wrap_coordinate(face.uv[0] + wp.dot(face.u_gradient, offset), surface.wrap_s)
-            t = _wrap_coordinate(face.uv[1] + wp.dot(face.v_gradient, offset), surface.wrap_t)
-            level = int(0)  # noqa: RUF046, UP018
-            blend = float(0.0)
-            if footprint > 1.0:
-                detail = 0.5 * wp.log2(footprint)
-                level = int(detail)
-                blend = detail - float(level)
-                if level >= surface.num_levels - 1:
-                    level = surface.num_levels - 1
-                    blend = 0.0
-            level = level + surface.first_level
-            color = _sample_level(data.texels, data.levels[level], s, t, surface.wrap_s, surface.wrap_t)
-            if blend > 0.0:
-                coarser = _sample_level(
-                    data.texels, data.levels[level + 1], s, t, surface.wrap_s, surface.wrap_t
+    data = scenes[int(views.scene[agent])]
+    axes = _camera_axes(camera, views.heading[agent])
+    origin = views.position[agent] + wp.vec3(0.0, camera.lift, 0.0)
+    image_y = (0.5 * float(camera.height) - float(row) - 0.5) * camera.step
+    row_direction = image_y * axes[1] - axes[2]
+    for pixel in range(first, first + span):
+        color = wp.vec3()
+        index = hit_face[pixel]
+        if index >= 0:
+            face = data.faces[index]
+            surface = data.surfaces[face.surface]
+            color = wp.vec3(255.0, 255.0, 255.0)
+            image_x = (float(pixel - line * camera.width) + 0.5 - 0.5 * float(camera.width)) * camera.step
+            direction = row_direction + image_x * axes[0]
+            depth = 1.0 / inverse_depth[pixel]
+            offset = origin + depth * direction - face.anchor
+            if surface.num_levels > 0:
+                finest = data.levels[surface.first_level]
+                # How far the hit moves on the surface from this pixel to the next, in texels.
+                pixel_size = camera.step * depth
+                slant = 1.0 / wp.dot(face.normal, direction)
+                along_x = pixel_size * (axes[0] - direction * (wp.dot(face.normal, axes[0]) * slant))
+                along_y = pixel_size * (axes[1] - direction * (wp.dot(face.normal, axes[1]) * slant))
+                u_scale = float(finest[1])
+                v_scale = float(finest[2])
+                u_x = wp.dot(face.u_gradient, along_x) * u_scale
+                u_y = wp.dot(face.u_gradient, along_y) * u_scale
+                v_x = wp.dot(face.v_gradient, along_x) * v_scale
+                v_y = wp.dot(face.v_gradient, along_y) * v_scale
+                footprint = wp.max(u_x * u_x + v_x * v_x, u_y * u_y + v_y * v_y)
+                s = _wrap_coordinate(face.uv[0] + wp.dot(face.u_gradient, offset), surface.wrap_s)
+                t = _wrap_coordinate(face.uv[1] + wp.dot(face.v_gradient, offset), surface.wrap_t)
+                level = int(0)
+                blend = float(0.0)
+                if footprint > 1.0:
+                    detail = 0.5 * wp.log2(footprint)
+                    level = int(detail)
+                    blend = detail - float(level)
+                    if level >= surface.num_levels - 1:
+                        level = surface.num_levels - 1
+                        blend = 0.0
+                level = level + surface.first_level
+                color = _sample_level(data.texels, data.levels[level], s, t, surface.wrap_s, surface.wrap_t)
+                if blend > 0.0:
+                    coarser = _sample_level(
+                        data.texels, data.levels[level + 1], s, t, surface.wrap_s, surface.wrap_t
+                    )
+                    color = color + blend * (coarser - color)
+            if surface.is_tinted != 0:
+                color = wp.cw_mul(color, surface.color)
+            if data.tints.shape[0] > 0:
+                tint = data.tints[index]
+                color = wp.vec3(
+                    color[0] * wp.clamp(tint.color[0] + wp.dot(tint.red_gradient, offset), 0.0, 1.0),
+                    color[1] * wp.clamp(tint.color[1] + wp.dot(tint.green_gradient, offset), 0.0, 1.0),
+                    color[2] * wp.clamp(tint.color[2] + wp.dot(tint.blue_gradient, offset), 0.0, 1.0),
                 )
-                color = color + blend * (coarser - color)
-        if surface.is_tinted != 0:
-            color = wp.cw_mul(color, surface.color)
-        if data.tints.shape[0] > 0:
-            tint = data.tints[index]
-            color = wp.vec3(
-                color[0] * wp.clamp(tint.color[0] + wp.dot(tint.red_gradient, offset), 0.0, 1.0),
-                color[1] * wp.clamp(tint.color[1] + wp.dot(tint.green_gradient, offset), 0.0, 1.0),
-                color[2] * wp.clamp(tint.color[2] + wp.dot(tint.blue_gradient, offset), 0.0, 1.0),
-            )
-    rgb[3 * pixel] = wp.uint8(color[0] + 0.5)
-    rgb[3 * pixel + 1] = wp.uint8(color[1] + 0.5)
-    rgb[3 * pixel + 2] = wp.uint8(color[2] + 0.5)
+        rgb[3 * pixel] = wp.uint8(color[0] + 0.5)
+        rgb[3 * pixel + 1] = wp.uint8(color[1] + 0.5)
+        rgb[3 * pixel + 2] = wp.uint8(color[2] + 0.5)
 
 
 @wp.func

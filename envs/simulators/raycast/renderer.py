@@ -17,15 +17,22 @@ import warp as wp
 from torch import Tensor
 
 from envs.scenes.scene import Scene
-from envs.simulators.base import SensorSpec
+from envs.simulators.base import SensorKind, SensorSpec
 from envs.simulators.raycast import kernels
 from envs.simulators.raycast.bvh import Node, build_bvh
 from envs.simulators.raycast.textures import WRAP_CODES, pack_textures
 
+_CHANNELS: dict[SensorKind, tuple[int, ...]] = {"rgb": (3,), "depth": (), "normals": (3,), "instance": ()}
+_DTYPES: dict[SensorKind, torch.dtype] = {
+    "rgb": torch.uint8,
+    "depth": torch.float32,
+    "normals": torch.float32,
+    "instance": torch.int32,
+}
 _FEW_RAYS = 8192
 """Below this many rays a second thread costs more than it brings."""
-_Launch = Callable[[int, int], None]
-"""Runs a kernel for units ``start`` to ``start + count``."""
+_Run = Callable[[int, int], None]
+"""Renders bands ``start`` to ``start + count``."""
 
 
 class ResidentScene:
@@ -35,15 +42,9 @@ class ResidentScene:
         self.path = scene.path
         bvh = build_bvh(scene.vertices, scene.triangles)
         pack = pack_textures(scene.materials)
-        surfaces = np.zeros(len(scene.materials), kernels.Surface.numpy_dtype())
-        surfaces["color"] = [255.0 * np.clip(material.base_color[:3], 0.0, 1.0) for material in scene.materials]
-        textured = pack.num_levels > 0
-        # With a texture the factor multiplies what was sampled; without, it is the colour.
-        surfaces["color"][textured] /= 255.0
-        surfaces["is_tinted"] = [
-            not isinstance(material.texture, np.ndarray) or material.base_color[:3] != (1.0, 1.0, 1.0)
-            for material in scene.materials
-        ]
+        surfaces: Any = np.zeros(len(scene.materials), kernels.Surface.numpy_dtype())  # type: ignore[attr-defined]
+        surfaces["color"] = np.clip([material.base_color[:3] for material in scene.materials], 0.0, 1.0)
+        surfaces["is_tinted"] = (surfaces["color"] != 1.0).any(axis=1)
         surfaces["first_level"] = pack.first_level
         surfaces["num_levels"] = pack.num_levels
         surfaces["wrap_s"] = [WRAP_CODES[material.wrap_s] for material in scene.materials]
@@ -51,7 +52,7 @@ class ResidentScene:
         count = scene.num_triangles
         has_tints = bool((scene.colors[:, :3] != 1.0).any())
         with wp.ScopedDevice(device):
-            data = kernels.SceneData()
+            data: Any = kernels.SceneData()
             data.nodes = wp.array(bvh.nodes, dtype=Node)
             data.corners = wp.empty(3 * count, dtype=wp.vec3)
             data.faces = wp.empty(count, dtype=kernels.Face)
@@ -151,11 +152,13 @@ class Renderer:
             yaw: each agent's heading, (N,) float32 [rad].
         """
         num_agents = len(scene)
-        if num_agents and not (0 <= int(scene.min()) and int(scene.max()) < len(self._resident)):
-            raise ValueError(
-                f"scenes {int(scene.min())} to {int(scene.max())} are asked for, {len(self._resident)} are resident"
-            )
-        views = kernels.Views()
+        if num_agents:
+            lowest, highest = (int(end) for end in scene.aminmax())
+            if lowest < 0 or highest >= len(self._resident):
+                raise ValueError(
+                    f"scenes {lowest}..{highest} are asked for, {len(self._resident)} are resident"
+                )
+        views: Any = kernels.Views()
         views.scene = wp.from_torch(scene.contiguous(), dtype=wp.int64)
         views.position = wp.from_torch(position.contiguous(), dtype=wp.vec3)
         heading = torch.stack([torch.sin(yaw), torch.cos(yaw)], dim=1)
@@ -171,66 +174,64 @@ class Renderer:
     ) -> dict[str, Tensor]:
         """Images of sensors that share their rays."""
         spec = sensors[0]
-        camera = kernels.Camera()
+        camera: Any = kernels.Camera()
         camera.height, camera.width = spec.height, spec.width
         camera.step = 2.0 * math.tan(math.radians(spec.hfov_deg) / 2.0) / spec.width
         camera.lift = spec.sensor_height
         camera.sin_pitch = math.sin(math.radians(spec.pitch_deg))
         camera.cos_pitch = math.cos(math.radians(spec.pitch_deg))
         shape = (num_agents, spec.height, spec.width)
-        pixels = spec.height * spec.width
+        if 3 * math.prod(shape) >= 2**31:
+            raise ValueError(f"{shape} pixels are too many for one call; render fewer agents at a time")
         columns, rows = -(-spec.width // self._tile), -(-spec.height // self._tile)
-        inverse_depth = torch.empty(shape, dtype=torch.float32, device=self.device)
+        inverse_depth = torch.empty(shape, device=self.device)
         hit_face = torch.empty(shape, dtype=torch.int32, device=self.device)
-        w = wp.from_torch(inverse_depth.view(-1))
+        nearness = wp.from_torch(inverse_depth.view(-1))
         face = wp.from_torch(hit_face.view(-1))
-        scenes = self._scene_table
+        world = [self._scene_table, views, camera]
+        # Pixels in one thread: a row on the CPU, where the threads run one after the other.
+        span = spec.width if self.device.type == "cpu" else 1
 
-        outputs: dict[str, Tensor] = {}
-        shaders: list[tuple[Any, list[Any], list[Any]]] = []
+        images: dict[str, Tensor] = {}
+        shaders: list[tuple[Any, int, list[Any], list[Any]]] = []
         for sensor in sensors:
+            image = torch.empty(
+                shape + _CHANNELS[sensor.kind], dtype=_DTYPES[sensor.kind], device=self.device
+            )
+            flat = wp.from_torch(image.view(-1))
             if sensor.kind == "depth":
-                image = torch.empty(shape, dtype=torch.float32, device=self.device)
-                shaders.append((kernels.shade_depth, [], [w, face, wp.from_torch(image.view(-1))]))
+                shaders.append((kernels.shade_depth, 1, [], [nearness, face, flat]))
             elif sensor.kind == "normals":
-                image = torch.empty((*shape, 3), dtype=torch.float32, device=self.device)
                 flat = wp.from_torch(image.view(-1, 3), dtype=wp.vec3)
-                shaders.append((kernels.shade_normals, [scenes, views, camera], [face, flat]))
+                shaders.append((kernels.shade_normals, 1, world, [face, flat]))
             elif sensor.kind == "instance":
-                image = torch.empty(shape, dtype=torch.int32, device=self.device)
-                shaders.append(
-                    (kernels.shade_instance, [scenes, views, camera], [face, wp.from_torch(image.view(-1))])
-                )
+                shaders.append((kernels.shade_instance, 1, world, [face, flat]))
             else:
-                image = torch.empty((*shape, 3), dtype=torch.uint8, device=self.device)
-                shaders.append(
-                    (kernels.shade_rgb, [scenes, views, camera], [w, face, wp.from_torch(image.view(-1))])
-                )
-            outputs[sensor.name] = image
+                shaders.append((kernels.shade_rgb, span, [*world, span], [nearness, face, flat]))
+            images[sensor.name] = image
 
         def run(start: int, count: int) -> None:
-            """Renders bands of blocks ``start`` to ``start + count``, whole agents or whole rows of blocks."""
             wp.launch(
                 kernels.cast,
                 count * columns,
-                [scenes, views, camera, self._tile, start * columns, w, face],
+                [*world, self._tile, start * columns, nearness, face],
                 device=self._warp_device,
             )
             first = self._first_pixel(start, rows, spec)
             end = self._first_pixel(start + count, rows, spec)
-            for kernel, before, after in shaders:
-                wp.launch(kernel, end - first, [*before, first, *after], device=self._warp_device)
+            for kernel, pixels, before, after in shaders:
+                wp.launch(kernel, (end - first) // pixels, [*before, first, *after], device=self._warp_device)
 
         if num_agents:
-            self._in_slices(num_agents * rows, num_agents * pixels, run)
-        return outputs
+            self._in_slices(num_agents * rows, inverse_depth.numel(), run)
+        return images
 
     def _first_pixel(self, band: int, rows: int, spec: SensorSpec) -> int:
-        """Index of the first pixel of a row of blocks, counted over all agents."""
+        """Index of the first pixel of a band, a row of blocks; bands are counted over all agents."""
         agent, row = divmod(band, rows)
         return (agent * spec.height + row * self._tile) * spec.width
 
-    def _in_slices(self, bands: int, rays: int, run: _Launch) -> None:
+    def _in_slices(self, bands: int, rays: int, run: _Run) -> None:
         """Runs bands 0 to ``bands``, on all threads if there is enough to do for them."""
         if self._num_threads == 1 or rays < _FEW_RAYS:
             run(0, bands)
@@ -247,8 +248,8 @@ class Renderer:
         def work() -> None:
             while True:
                 with lock:
-                    start = next(starts, None)
-                if start is None:
+                    start = next(starts, -1)
+                if start < 0:
                     return
                 run(start, min(size, bands - start))
 

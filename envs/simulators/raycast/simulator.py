@@ -114,10 +114,10 @@ class RaycastSimulator(Simulator):
         for name, value in (("scene", scene), ("position", position), ("yaw", yaw)):
             if tuple(value.shape) != expected[name]:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {expected[name]}")
-        if not (0 <= int(scene.min()) and int(scene.max()) < len(self.scenes)):
+        if int(scene.min()) < 0 or int(scene.max()) >= len(self.scenes):
             raise ValueError(f"scenes {scene.tolist()} must lie in 0..{len(self.scenes) - 1}")
         if not bool(torch.isfinite(position).all() and torch.isfinite(yaw).all()):
-            raise ValueError("positions and yaws must be finite; is an episode's start off the navigation mesh?")
+            raise ValueError("positions and yaws must be finite; NaN is what snap() answers off the mesh")
         agents = agents.to(self.device)
         self.scene = self.scene.index_copy(0, agents, scene.to(self.scene))
         self.position = self.position.index_copy(0, agents, position.to(self.position))
@@ -131,8 +131,8 @@ class RaycastSimulator(Simulator):
         actions = actions.to(self.device)
         if not bool(((actions >= 0) & (actions < len(Action))).all()):
             raise ValueError(f"actions {actions.tolist()} must lie in 0..{len(Action) - 1}")
-        turn = math.radians(self.agent.turn_angle_deg)
-        turned = self.yaw + turn * ((actions == Action.TURN_LEFT).float() - (actions == Action.TURN_RIGHT).float())
+        way = (actions == Action.TURN_LEFT).float() - (actions == Action.TURN_RIGHT).float()
+        turned = self.yaw + math.radians(self.agent.turn_angle_deg) * way
         # Kept near 0, where single precision is finest.
         self.yaw = torch.remainder(turned + math.pi, 2.0 * math.pi) - math.pi
         self.collided = torch.zeros_like(self.collided)

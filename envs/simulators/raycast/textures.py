@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,21 +33,21 @@ def mip_levels(image: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:
     """An image and its halvings down to one texel, each the mean of 2x2 texels of the one before.
 
     The mean is of the stored values, without sRGB conversion, and rounds to whole numbers at each level, as
-    OpenGL's ``generateMipmap`` does on the textures that Habitat makes. Where a size is odd its last row or
-    column counts towards the last texel only by half, so that no texel is lost.
+    OpenGL's ``generateMipmap`` does on the textures that Habitat makes. Where a size is odd, new texels share
+    the old ones between them, so that none is lost.
 
     Args:
         image: (H, W, 4) uint8.
     """
     levels = [image]
     while max(image.shape[:2]) > 1:
-        image = _halve(_halve(image.astype(np.float32), 0), 1)
-        image = (image + 0.5).astype(np.uint8)
+        halved = _halve(_halve(image.astype(np.float32), 0), 1)
+        image = (halved + 0.5).astype(np.uint8)
         levels.append(image)
     return levels
 
 
-def _halve(values: npt.NDArray[np.float32], axis: int) -> npt.NDArray[np.float32]:
+def _halve(values: npt.NDArray[Any], axis: int) -> npt.NDArray[Any]:
     """Halves one axis, rounded down but not below 1, by box filtering."""
     size = values.shape[axis]
     if size == 1:

@@ -69,15 +69,6 @@ class Split:
     """File of each scene, by the id that episodes give."""
 
 
-def split_file(dataset: Path, split: str) -> Path:
-    """The episode file of a split, in a generated data set's layout or in Habitat's own."""
-    tried = [dataset / "episodes" / split / f"{split}.json.gz", dataset / split / f"{split}.json.gz"]
-    for file in tried:
-        if file.is_file():
-            return file
-    raise ConfigError(f"no split {split!r} in {dataset}; tried {', '.join(map(str, tried))}")
-
-
 def read_split(file: Path, scenes_dir: Path, name: str) -> Split:
     """Reads a split's episodes and finds their scenes under ``scenes_dir``."""
     from envs.episodes import find_scene, read_dataset
@@ -91,6 +82,8 @@ def read_split(file: Path, scenes_dir: Path, name: str) -> Split:
 
 def load_split(config: TrainConfig, name: str) -> Split:
     """The split ``name`` of the settings' data set."""
+    from envs.make import split_file
+
     dataset = dataset_dir(config)
     scenes_dir = Path(config.scenes.scenes_dir).expanduser() if config.scenes.scenes_dir else dataset
     return read_split(split_file(dataset, name), scenes_dir, name)

@@ -85,20 +85,24 @@ class TopDownMap:
 def floor_heights(mesh: WalkableMesh, min_area: float = 4.0) -> list[float]:
     """Heights [m] of the floors of a navigation mesh, lowest first.
 
-    A floor is a height at which at least ``min_area`` [m2] is walkable and level, within 0.5 m.
+    A floor is a height around which at least ``min_area`` [m2] is walkable and level, within 0.5 m. A roof
+    that an agent could stand on is one too, as it is to Habitat.
     """
-    heights, areas = _polygon_heights(mesh), _polygon_areas(mesh)
+    level_area = np.where(_polygon_rises(mesh) <= _SAME_FLOOR, _polygon_areas(mesh), 0.0)
+    heights, members = np.unique(np.round(_polygon_heights(mesh), 2), return_inverse=True)
+    areas = np.bincount(members.ravel(), level_area, minlength=len(heights))
     floors: list[float] = []
-    left = np.ones(len(heights), dtype=bool)
-    while left.any():
+    while len(heights):
         # The height around which most area lies is a floor; take its polygons away and look again.
-        near = np.abs(heights[left][:, None] - heights[left][None]) <= 0.5
-        mass = near @ areas[left]
+        near = np.abs(heights[:, None] - heights[None]) <= 0.5
+        mass = near @ areas
         if mass.max() < min_area:
             break
-        centre = heights[left][int(mass.argmax())]
+        level = near[int(mass.argmax())]
+        centre = heights[level][int(areas[level].argmax())]
         floors.append(float(centre))
-        left &= np.abs(heights - centre) > _LEVEL
+        left = np.abs(heights - centre) > _LEVEL
+        heights, areas = heights[left], areas[left]
     return sorted(floors)
 
 
@@ -109,19 +113,19 @@ def top_down_map(
 
     Args:
         mesh: Navigation mesh of the scene.
-        height: Height of the floor [m]; None takes the height at which most area is walkable.
+        height: Height of the floor [m]; None takes the lowest one.
         size: Length of the image's longer side [pixels].
         margin: Free border around what is walkable [m].
 
     Raises:
         ValueError: Nothing is walkable near the height.
     """
-    heights, areas = _polygon_heights(mesh), _polygon_areas(mesh)
     if height is None:
-        if not len(heights):
+        floors = floor_heights(mesh) or floor_heights(mesh, min_area=0.0)
+        if not floors:
             raise ValueError("the navigation mesh has no polygons, so there is no floor to draw")
-        near = np.abs(heights[:, None] - heights[None]) <= _SAME_FLOOR
-        height = float(heights[int((near @ areas).argmax())])
+        height = floors[0]
+    heights = _polygon_heights(mesh)
     on_floor = np.abs(heights - height) <= _SAME_FLOOR
     if not on_floor.any():
         known = ", ".join(f"{floor:.1f}" for floor in floor_heights(mesh)) or "none"
@@ -228,6 +232,12 @@ def _polygon_heights(mesh: WalkableMesh) -> NDArray[np.float64]:
     return np.asarray(ys.sum(axis=1) / np.maximum(present.sum(axis=1), 1), dtype=np.float64)
 
 
+def _polygon_rises(mesh: WalkableMesh) -> NDArray[np.float64]:
+    """Difference between the highest and the lowest corner of each polygon: (P,) [m]."""
+    filled = np.where(mesh.polygons >= 0, mesh.polygons, mesh.polygons[:, :1])
+    return np.ptp(mesh.vertices[:, 1][filled].astype(np.float64), axis=1)
+
+
 def _polygon_areas(mesh: WalkableMesh) -> NDArray[np.float64]:
     """Area of each polygon seen from above: (P,) [m2]."""
     polygons = mesh.polygons
@@ -246,9 +256,7 @@ def _paint_floor(
     canvas = np.empty((*free.shape, 3), dtype=np.uint8)
     canvas[:] = BACKGROUND
     # What lies between walkable areas, or within a wall's width of one, is an obstacle; the rest is outside.
-    radius = max(1, int(wall))
-    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
-    solid = cv2.dilate(free, kernel)
+    solid = (cv2.distanceTransform(255 - free, cv2.DIST_L2, 5) <= wall).astype(np.uint8) * 255
     contours, _ = cv2.findContours(solid, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     cv2.drawContours(solid, contours, -1, 255, thickness=cv2.FILLED)
     canvas[solid > 0] = OBSTACLE

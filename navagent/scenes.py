@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from envs.scenes.navmesh import NavMesh
-    from envs.simulators.base import PathQueries
+    from envs.simulators.base import AgentSpec, PathQueries
 
 
 def generate(
@@ -69,7 +69,7 @@ def generate(
 
 
 def generated_dataset(num: int, seed: int, cache_dir: str | Path, console: Console | None = None) -> Path:
-    """The folder of ``num`` homes of this seed in a cache; they are generated where they are not there yet."""
+    """The folder of ``num`` homes of this seed in a cache, generated where it is not there yet."""
     from envs.scenes.homes.dataset import FORMAT
 
     # The format is in the name, so that a newer version makes its own folder and leaves the old one.
@@ -140,7 +140,7 @@ def _look(scene: Path, num_views: int, seed: int, device: str) -> _Overview:
 
     from envs.scenes.gltf import load_scene
     from envs.scenes.navmesh_build import navmesh_for
-    from envs.simulators.base import AgentSpec, SensorSpec
+    from envs.simulators.base import SensorSpec
     from envs.simulators.raycast.simulator import RaycastSimulator
 
     height, width = 240, 320
@@ -148,15 +148,15 @@ def _look(scene: Path, num_views: int, seed: int, device: str) -> _Overview:
         SensorSpec("rgb", "rgb", height, width, hfov_deg=90.0),
         SensorSpec("depth", "depth", height, width, hfov_deg=90.0),
     )
-    loaded = load_scene(scene)
-    simulator = RaycastSimulator([scene], num_views, sensors, device=device)
+    loaded = load_scene(scene)  # first, because its errors say most about a file
+    simulator = RaycastSimulator([scene], num_views, sensors, _agent_of(scene), device=device)
     try:
         position, yaw = _viewpoints(simulator.paths, num_views, seed)
         everyone = torch.arange(num_views, device=simulator.device)
         simulator.reset(everyone, torch.zeros_like(everyone), position, yaw)
         frames = simulator.render()
         return _Overview(
-            navmesh=navmesh_for(scene, AgentSpec()),
+            navmesh=navmesh_for(scene, simulator.agent),
             position=position.cpu().numpy(),
             yaw=yaw.cpu().numpy(),
             rgb=frames["rgb"].cpu().numpy(),
@@ -167,33 +167,51 @@ def _look(scene: Path, num_views: int, seed: int, device: str) -> _Overview:
         simulator.close()
 
 
+def _agent_of(scene: Path) -> AgentSpec:
+    """The agent that the navigation mesh beside a scene was made for; the usual one where there is none."""
+    from envs.scenes.navmesh import read_navmesh
+    from envs.simulators.base import AgentSpec
+
+    beside = scene.with_suffix(".navmesh")
+    if not beside.is_file():
+        return AgentSpec()
+    settings = read_navmesh(beside).settings
+    return AgentSpec(
+        radius=settings.agent_radius,
+        height=settings.agent_height,
+        max_climb=settings.agent_max_climb,
+        max_slope_deg=settings.agent_max_slope,
+    )
+
+
 def _viewpoints(paths: PathQueries, count: int, seed: int) -> tuple[Any, Any]:
-    """Positions (count, 3) and headings (count,) that are far apart and look where it is wide."""
+    """Positions (count, 3) and headings (count,) that are far apart and look where there is much to see."""
     import torch
 
     generator = torch.Generator(device=paths.device).manual_seed(seed)
-    drawn = 400
-    scene = torch.zeros(drawn, dtype=torch.int64, device=paths.device)
-    points = paths.sample(scene, generator)
+    points = paths.sample(torch.zeros(300, dtype=torch.int64, device=paths.device), generator)
+    scene = torch.zeros(len(points), dtype=torch.int64, device=paths.device)
     radius = paths.island_radius(scene, points)
-    points = points[radius >= 0.9 * radius.max()]
-    scene = scene[: len(points)]
-    room = paths.distance_to_obstacle(scene, points, 2.0)
-    # The first place has the most room around it; each next one is the farthest from all before.
-    chosen = [int(room.argmax())]
+    points = points[radius >= 0.9 * radius.max()]  # not on a bed or a table
+    # How far one can walk each way says how far one can see; a view's worth is that over its whole width.
+    turns = 16
+    yaws = torch.arange(turns, device=paths.device) * (2 * math.pi / turns)
+    ahead = torch.stack([-yaws.sin(), torch.zeros_like(yaws), -yaws.cos()], dim=1)
+    starts = points.repeat_interleave(turns, dim=0)
+    scene = torch.zeros(len(starts), dtype=torch.int64, device=paths.device)
+    ends = paths.try_step(scene, starts, starts + 5.0 * ahead.repeat(len(points), 1), False)
+    free = (ends - starts).norm(dim=1).view(-1, turns)
+    worth = sum(
+        weight * free.roll(shift, 1) for shift, weight in ((0, 1.0), (1, 0.8), (-1, 0.8), (2, 0.4), (-2, 0.4))
+    )
+    best, facing = worth.max(dim=1)
+    chosen = [int(best.argmax())]
     gap = (points - points[chosen[0]]).norm(dim=1)
     while len(chosen) < count:
-        chosen.append(int((gap + 0.5 * room).argmax()))
+        # Places near another one count for little, however good the view.
+        chosen.append(int((best * gap.clamp(max=3.0)).argmax()))
         gap = torch.minimum(gap, (points - points[chosen[-1]]).norm(dim=1))
-    position = points[chosen]
-    # Look the way one could walk the farthest.
-    headings = torch.arange(16, device=paths.device) * (2 * math.pi / 16)
-    ahead = torch.stack([-headings.sin(), torch.zeros_like(headings), -headings.cos()], dim=1)
-    starts = position.repeat_interleave(16, dim=0)
-    ends = paths.try_step(scene.new_zeros(len(starts)), starts, starts + 6.0 * ahead.repeat(count, 1), False)
-    free = (ends - starts).norm(dim=1).view(count, 16)
-    free = free + 0.5 * (free.roll(1, 1) + free.roll(-1, 1))
-    return position, headings[free.argmax(dim=1)]
+    return points[chosen], yaws[facing[chosen]]
 
 
 _PAPER, _INK, _FAINT = (250, 250, 248), (40, 42, 46), (120, 124, 130)
@@ -227,7 +245,7 @@ def _contact_sheet(title: str, overview: _Overview) -> NDArray[np.uint8]:
     top = 64
     for number, height in enumerate(floors):
         picture = top_down_map(overview.navmesh, height)
-        plan = picture.image
+        plan: NDArray[Any] = picture.image
         scale = min(left / plan.shape[1], (side - 4) / plan.shape[0])
         size = (max(1, round(plan.shape[1] * scale)), max(1, round(plan.shape[0] * scale)))
         plan = cv2.resize(plan, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
@@ -258,7 +276,7 @@ def _depth_colours(depth: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.where((depth > 0)[..., None], colours, 0).astype(np.uint8)
 
 
-def _mark(plan: NDArray[np.uint8], pixel: NDArray[np.float64], yaw: float, number: int) -> None:
+def _mark(plan: NDArray[Any], pixel: NDArray[np.float64], yaw: float, number: int) -> None:
     """Draws a numbered viewpoint with the cone that it sees."""
     import cv2
 
@@ -271,7 +289,7 @@ def _mark(plan: NDArray[np.uint8], pixel: NDArray[np.float64], yaw: float, numbe
     _badge(plan, centre, number)
 
 
-def _badge(image: NDArray[np.uint8], centre: tuple[int, int], number: int) -> None:
+def _badge(image: NDArray[Any], centre: tuple[int, int], number: int) -> None:
     import cv2
 
     cv2.circle(image, centre, 11, (255, 255, 255), -1, cv2.LINE_AA)
@@ -282,7 +300,7 @@ def _badge(image: NDArray[np.uint8], centre: tuple[int, int], number: int) -> No
 
 
 def _write(
-    image: NDArray[np.uint8],
+    image: NDArray[Any],
     text: str,
     at: tuple[int, int],
     size: float,

@@ -2,7 +2,8 @@
 
 ``OUT/scenes/NAME/`` holds a home's ``.glb``, ``.stage_config.json``, ``.navmesh`` and ``home.json``;
 ``OUT/episodes/{train,val}/`` the PointNav-v1 episodes; ``OUT/homes.scene_dataset_config.json`` lets
-habitat-sim open all of it; ``OUT/dataset.json`` says how it was made, and is there only when everything else is.
+habitat-sim open all of it; ``OUT/dataset.json`` says how it was made, and is there only when all else
+is.
 """
 
 from __future__ import annotations
@@ -113,8 +114,8 @@ def write_homes(
     """Writes a data set of homes; does nothing where the same one is there already.
 
     Homes are collected in a hidden folder beside ``out``, which takes ``out``'s place when all are done: a
-    folder of that name is never half a data set. What an interrupted call has made is used by the next one with
-    the same settings, and two calls at once help each other.
+    folder of that name is never half a data set. What an interrupted call has made is used by the next one
+    with the same settings, and two calls at once help each other.
 
     Args:
         out: folder to make.

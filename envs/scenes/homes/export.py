@@ -20,7 +20,7 @@ _ARRAY, _ELEMENTS = 34962, 34963
 def to_glb(objects: Mapping[str, Mapping[str, Surface]], materials: Mapping[str, Paint]) -> bytes:
     """Encodes objects as one node and mesh each, with a primitive for each material.
 
-    The file is +Y up as glTF asks. Materials are unlit: a base-colour texture (PNG) times the vertices' colours.
+    The file is +Y up, as glTF asks. Materials are unlit: a base-colour texture (PNG) times vertex colours.
 
     Args:
         objects: surfaces by material, by object name.

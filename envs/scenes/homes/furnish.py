@@ -24,12 +24,14 @@ _PROGRAMS: dict[str, tuple[str, ...]] = {
         "bookshelf", "rug", "plant", "floor_lamp",
     ),
     "living": (
-        "sofa", "television", "coffee_table", "bookshelf", "armchair", "rug", "sideboard", "plant", "floor_lamp",
-        "armchair", "plant",
+        "sofa", "television", "coffee_table", "bookshelf", "armchair", "rug", "sideboard", "plant",
+        "floor_lamp", "armchair", "plant",
     ),
     "kitchen": ("kitchen", "dining_set", "sideboard", "plant"),
     "dining": ("dining_set", "sideboard", "bookshelf", "plant", "floor_lamp"),
-    "bedroom": ("double_bed", "nightstand", "nightstand", "wardrobe", "chest", "desk", "rug", "armchair", "plant"),
+    "bedroom": (
+        "double_bed", "nightstand", "nightstand", "wardrobe", "chest", "desk", "rug", "armchair", "plant",
+    ),
     "study": ("desk", "bookshelf", "bookshelf", "armchair", "floor_lamp", "rug", "chest", "plant"),
     "bath": ("washbasin", "toilet", "bathtub", "shower", "washing_machine"),
     "utility": ("washing_machine", "washing_machine", "shelf_rack", "shelf_rack", "chest"),

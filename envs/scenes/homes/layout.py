@@ -1,8 +1,8 @@
 """Floor plans: rooms, doors, windows and stairs of one home, before anything has thickness or colour.
 
 The outline is split recursively into rooms, with corridors laid along the cuts of larger groups. Several
-plans are drawn for a home and the most liveable one is kept: rooms of a sensible shape, bedrooms and bathrooms
-reached from a hall. Plans are in the world's horizontal plane: ``x`` and ``z`` [m].
+plans are drawn for a home and the most liveable one is kept: rooms of a sensible shape, bedrooms and
+bathrooms reached from a hall. Plans are in the world's horizontal plane: ``x`` and ``z`` [m].
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Rect:
 class Side:
     """One side of a rectangle, as a line with an inward normal.
 
-    A point at ``along`` on it lies at ``x = line`` (axis ``"x"``, running in z) or ``z = line`` (axis ``"z"``).
+    A point on it has ``x = line`` (axis ``"x"``, running in z) or ``z = line`` (axis ``"z"``, running in x).
     """
 
     axis: str
@@ -304,7 +304,7 @@ def _two_floors(kinds: list[tuple[str, float]], ceiling: float, rng: np.random.G
         depth = _snap(max(run + 2.3, float(rng.uniform(7.4, 9.4))))
         wanted = max(sum(a for _, a in lower), sum(a for _, a in upper) * 0.9)
         share = float(rng.uniform(0.38, 0.62))
-        wings = max(wanted / depth, 5.6)
+        wings = max(wanted / depth, 5.6) * (1 + 0.003 * attempt)
         left, right = _snap(wings * share), _snap(wings * (1 - share))
         outline = Rect(0.0, 0.0, left + hall_width + right, depth)
         hall = Rect(left, 0.0, left + hall_width, depth)
@@ -320,7 +320,10 @@ def _two_floors(kinds: list[tuple[str, float]], ceiling: float, rng: np.random.G
             order = _shuffled(kinds_here, rng)
             cut = _best_cut(order, left / (left + right))
             for wing, group in zip(wing_rects, (order[:cut], order[cut:]), strict=True):
-                _divide(wing, group, split, rng, corridor=None)
+                mean = sum(a for _, a in group) / len(group)
+                # A wing's rooms share its width, which would make slivers of the small ones.
+                evened = [(kind, 0.5 * area + 0.5 * mean) for kind, area in group]
+                _divide(wing, evened, split, rng, corridor=None)
             drawn = _finish_floor(
                 number * storey, split.rooms, ceiling, rng, stairs=stairs, entrance=number == 0
             )
@@ -346,7 +349,7 @@ def _divide(
     rng: np.random.Generator,
     corridor: float | None,
 ) -> None:
-    """Splits a rectangle among rooms in proportion to their areas; larger groups get a corridor at the cut."""
+    """Splits a rectangle among rooms in proportion to their areas; larger groups get a corridor."""
     if not kinds:
         return
     if len(kinds) == 1:

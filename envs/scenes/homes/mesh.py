@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 Colour = tuple[float, float, float]
+Point = tuple[float, float, float]
 WHITE: Colour = (1.0, 1.0, 1.0)
+_Face = tuple[Sequence[Sequence[float]], Sequence[Sequence[float]], Sequence[Sequence[float]]]
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,9 @@ class Surface:
 class MeshBuilder:
     """Collects faces in a local frame, shades them and files them under the current object.
 
-    There are no lights where these scenes are seen, so shape has to show in the colours: every face is darkened
-    by its direction to one soft light, and furniture and walls get darker towards the floor and the corners.
+    There are no lights where these scenes are seen, so shape has to show in the colours: every face is
+    darkened by its direction to one soft light, and furniture and walls get darker towards the floor and the
+    corners.
     """
 
     def __init__(self, light: Sequence[float] = (0.35, 0.85, 0.4)) -> None:
@@ -39,15 +42,15 @@ class MeshBuilder:
         Args:
             light: direction towards the light, any length.
         """
-        direction = np.asarray(light, float)
-        self._light = direction / np.linalg.norm(direction)
-        self._faces: dict[str, dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]] = {}
-        self._current: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
-        self._rotation = np.eye(3)
-        self._origin = np.zeros(3)
+        length = math.sqrt(sum(v * v for v in light))
+        self._light = (light[0] / length, light[1] / length, light[2] / length)
+        self._faces: dict[str, dict[str, list[_Face]]] = {}
+        self._current: dict[str, list[_Face]] = {}
+        self._turn = (1.0, 0.0)
+        self._origin: Point = (0.0, 0.0, 0.0)
 
     def start(self, name: str, origin: Sequence[float] = (0.0, 0.0, 0.0), yaw: float = 0.0) -> None:
-        """Begins an object: what follows is in its frame, which stands at ``origin`` and is turned by ``yaw``.
+        """Begins an object: what follows is in its frame, at ``origin`` [m] and turned by ``yaw`` [rad].
 
         A name that was used before gets a number.
         """
@@ -55,9 +58,9 @@ class MeshBuilder:
         while unique in self._faces:
             unique, number = f"{name}_{number}", number + 1
         self._current = self._faces.setdefault(unique, {})
-        c, s = (round(math.cos(yaw), 12), round(math.sin(yaw), 12))
-        self._rotation = np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]])
-        self._origin = np.asarray(origin, float)
+        # Rounded, so that quarter turns are exact.
+        self._turn = (round(math.cos(yaw), 12), round(math.sin(yaw), 12))
+        self._origin = (origin[0], origin[1], origin[2])
 
     def face(
         self,
@@ -76,24 +79,28 @@ class MeshBuilder:
             shade: brightness of each corner; by default darker within 0.4 m of the floor.
             tint: colour that multiplies the texture.
         """
-        local = np.asarray(corners, float)
-        world = local @ self._rotation.T + self._origin
-        normal = np.cross(world[1] - world[0], world[2] - world[0])
-        length = float(np.linalg.norm(normal))
+        # Plain arithmetic: faces are small and many, and numpy's overhead would take most of the time.
+        (c, s), (ox, oy, oz) = self._turn, self._origin
+        world = [(c * x + s * z + ox, y + oy, c * z - s * x + oz) for x, y, z in corners]
+        (ax, ay, az), (bx, by, bz), (dx, dy, dz) = world[:3]
+        ux, uy, uz, vx, vy, vz = bx - ax, by - ay, bz - az, dx - ax, dy - ay, dz - az
+        nx, ny, nz = uy * vz - uz * vy, uz * vx - ux * vz, ux * vy - uy * vx
+        length = math.sqrt(nx * nx + ny * ny + nz * nz)
         if length < 1e-12:
             return
-        bright = self.facing(normal / length)
-        corner = (
-            0.8 + 0.2 * np.clip(local[:, 1] / 0.4, 0.0, 1.0) if shade is None else np.asarray(shade, float)
-        )
-        level = np.clip(bright * corner, 0.0, 1.0) * np.ones(len(local))
-        colors = np.ones((len(local), 4))
-        colors[:, :3] = level[:, None] * np.asarray(tint)
-        self._current.setdefault(material, []).append((world, np.asarray(uvs, float), colors))
+        bright = self.facing((nx / length, ny / length, nz / length))
+        if shade is None:
+            shades = [0.8 + 0.2 * min(max(y / 0.4, 0.0), 1.0) for _, y, _ in corners]
+        else:
+            shades = [shade] * len(world) if isinstance(shade, int | float) else list(shade)
+        levels = [min(max(bright * value, 0.0), 1.0) for value in shades]
+        colors = [(level * tint[0], level * tint[1], level * tint[2], 1.0) for level in levels]
+        self._current.setdefault(material, []).append((world, uvs, colors))
 
-    def facing(self, normal: np.ndarray) -> float:
+    def facing(self, normal: Point) -> float:
         """Brightness of a surface with this unit normal: 0.62 facing away from the light to 1 towards it."""
-        return 0.62 + 0.38 * (0.5 + 0.5 * float(normal @ self._light))
+        (nx, ny, nz), (lx, ly, lz) = normal, self._light
+        return 0.62 + 0.38 * (0.5 + 0.5 * (nx * lx + ny * ly + nz * lz))
 
     def box(
         self,
@@ -169,15 +176,16 @@ class MeshBuilder:
         }
 
 
-def _merge(faces: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Surface:
-    triangles = []
+def _merge(faces: list[_Face]) -> Surface:
+    triangles: list[tuple[int, int, int]] = []
     start = 0
     for world, _, _ in faces:
         triangles += [(start, start + k, start + k + 1) for k in range(1, len(world) - 1)]
         start += len(world)
+    colors = np.array([value for face in faces for value in face[2]])
     return Surface(
-        positions=np.concatenate([f[0] for f in faces]).astype(np.float32),
-        uvs=np.concatenate([f[1] for f in faces]).astype(np.float32),
-        colors=np.round(np.concatenate([f[2] for f in faces]) * 255.0).astype(np.uint8),
-        triangles=np.asarray(triangles, np.uint32),
+        positions=np.array([point for face in faces for point in face[0]], np.float32),
+        uvs=np.array([uv for face in faces for uv in face[1]], np.float32),
+        colors=np.round(colors * 255.0).astype(np.uint8),
+        triangles=np.array(triangles, np.uint32),
     )

@@ -1,7 +1,8 @@
 """Generated textures: small tiling pictures of wood, stone, cloth and paint.
 
 Only sums, products and table look-ups of generated numbers are used, no transforms whose last bits differ
-between machines, so that a seed gives the same pixels everywhere. Every function returns (size, size, 3) uint8.
+between machines, so that a seed gives the same pixels everywhere. Every function returns (size, size, 3)
+uint8.
 """
 
 from __future__ import annotations

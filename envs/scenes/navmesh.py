@@ -37,6 +37,8 @@ _TILE_MAGIC = 0x444E4156  # "DNAV"
 _TILE_VERSION = 7
 # Polygons with less area than this cannot be stood on: Habitat disables them when it loads a mesh.
 _MIN_POLYGON_AREA = 1e-5
+# Edges name polygons, from 1, in the bits below EXTERNAL_EDGE.
+_MAX_POLYGONS = EXTERNAL_EDGE - 2
 # Beyond this distance from the origin [m], 32-bit numbers are too coarse to walk by.
 _MAX_COORDINATE = 1e5
 
@@ -240,6 +242,11 @@ class NavMesh:
         bounds = np.ascontiguousarray(bounds, np.float32).reshape(2, 3)
         if len(polygons) == 0:
             raise NavMeshError("a navigation mesh needs at least one polygon, got none")
+        if len(polygons) > _MAX_POLYGONS:
+            raise NavMeshError(
+                f"{len(polygons)} polygons are too many for one tile, which holds {_MAX_POLYGONS}; "
+                "build with larger cells"
+            )
         if neighbours.shape != polygons.shape:
             raise NavMeshError(
                 f"neighbours {neighbours.shape} must have the polygons' shape {polygons.shape}"
@@ -702,10 +709,10 @@ def _build_tree(tile: NavMeshTile) -> NDArray[np.int32]:
 
 def _pack_tile(tile: NavMeshTile, reference: int, name: str) -> bytes:
     num_polygons = len(tile.polygons)
-    if len(tile.vertices) >= 0xFFFF or num_polygons >= EXTERNAL_EDGE - 1:
+    if len(tile.vertices) >= 0xFFFF or num_polygons > _MAX_POLYGONS:
         raise NavMeshError(
             f"{name}: {len(tile.vertices)} vertices and {num_polygons} polygons are too many for the file "
-            f"format, which holds {0xFFFE} and {EXTERNAL_EDGE - 2}; build with larger cells"
+            f"format, which holds {0xFFFE} and {_MAX_POLYGONS}; build with larger cells"
         )
     if (tile.detail_meshes[:, [1, 3]] > 0xFF).any():
         raise NavMeshError(f"{name}: a polygon has more than 255 detail vertices or triangles")

@@ -300,6 +300,14 @@ class TestFromPolygons:
                 np.full((1, 6), -1, np.int32),
             )
 
+    def test_more_polygons_than_edges_can_name_are_refused(self, small_mesh):
+        tile = small_mesh.tiles[0]
+        many = np.repeat(tile.polygons[:1], 40_000, axis=0)
+        with pytest.raises(NavMeshError, match="40000 polygons are too many"):
+            NavMesh.from_polygons(
+                small_mesh.settings, tile.bounds, tile.vertices, many, np.full((40_000, 6), -1, np.int32)
+            )
+
     def test_no_polygons_are_refused(self):
         with pytest.raises(NavMeshError, match="at least one polygon"):
             NavMesh.from_polygons(

@@ -100,7 +100,7 @@ class TestAgreementWithHabitat:
 
 @pytest.fixture(scope="module")
 def corridor(floor_mesh):
-    """An L of width 1 m: along x from (0, 0) to (5, 1), then along z to (5, 5); its inner corner is (4, 1)."""
+    """An L of width 1 m: along x to (5, 1), then along z to (5, 5); its inner corner is (4, 1)."""
     return PathFinder([floor_mesh(["#####", "....#", "....#", "....#", "....#"])])
 
 

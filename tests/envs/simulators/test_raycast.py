@@ -1,5 +1,6 @@
 """What the cameras see must be what geometry says, and what Habitat saw."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -103,14 +104,16 @@ def rays(height, width, hfov_deg=90.0, pitch_deg=0.0, yaw=0.0):
 def box_depth(direction, eye, low, high):
     """Depth and side that each ray out of a box meets, in closed form."""
     with np.errstate(divide="ignore"):
-        reach = np.where(direction > 0, (np.array(high) - eye) / direction, (np.array(low) - eye) / direction)
+        reach = np.where(direction > 0, np.array(high) - eye, np.array(low) - eye) / direction
+    reach[direction == 0] = np.inf
     axis = reach.argmin(axis=-1)
     positive = np.take_along_axis(direction, axis[..., None], -1)[..., 0] > 0
     return reach.min(axis=-1), axis, positive
 
 
 @pytest.mark.parametrize("height,width,hfov,pitch,yaw", [
-    (32, 32, 90, 0, 0.3), (17, 40, 70, -20, 2.0), (40, 9, 120, 35, -1.1), (1, 1, 60, 0, 0.7), (8, 100, 150, 80, 4.0),
+    (32, 32, 90, 0, 0.3), (17, 40, 70, -20, 2.0), (40, 9, 120, 35, -1.1), (1, 1, 60, 0, 0.7),
+    (8, 100, 150, 80, 4.0),
 ])  # fmt: skip
 def test_a_box_room_looks_as_in_closed_form(height, width, hfov, pitch, yaw):
     low, high, eye = (-2, 0, -3), (2, 2.5, 3), np.array([0.4, 1.1, -0.8])
@@ -175,7 +178,7 @@ def soup(seed=0, count=4000):
 
 
 def brute_force(scene, eye, direction):
-    """Depth and instance of the nearest front face on each ray (P, 3), every triangle tried (Moller-Trumbore)."""
+    """Depth and instance of the nearest front face on rays (P, 3), all triangles tried (Moller-Trumbore)."""
     a, b, c = (scene.vertices[scene.triangles[:, k]].astype(np.float64) for k in range(3))
     best, found = np.full(len(direction), np.inf), np.zeros(len(direction), int)
     for i, d in enumerate(direction):
@@ -186,7 +189,7 @@ def brute_force(scene, eye, direction):
             q = np.cross(eye - a, b - a)
             v = (d * q).sum(1) / det
             t = ((c - a) * q).sum(1) / det
-        t = np.where((det > 0) & (u >= 0) & (v >= 0) & (u + v <= 1) & (t > 0.01), t, np.inf)
+            t = np.where((det > 0) & (u >= 0) & (v >= 0) & (u + v <= 1) & (t > 0.01), t, np.inf)
         best[i], found[i] = t.min(), scene.instance_ids[t.argmin()]
     return best, found
 
@@ -294,11 +297,7 @@ def test_sensors_with_different_cameras_do_not_mix():
 
 
 def checkerboard(size, squares=8):
-    cell = (
-        np.indices((size, size)).sum(0) * squares // size
-        if size == squares
-        else ((np.indices((size, size)) * squares // size).sum(0))
-    )
+    cell = (np.indices((size, size)) * squares // size).sum(0)
     pixels = np.full((size, size, 4), 255, np.uint8)
     pixels[..., :3] = np.where(cell % 2, 230, 30)[..., None]
     return pixels
@@ -385,7 +384,7 @@ def test_factor_texture_and_vertex_colour_multiply():
 def test_mip_levels_halve_down_to_one_texel_and_keep_the_mean(shape):
     image = np.random.default_rng(0).integers(0, 256, (*shape, 4), dtype=np.uint8)
     levels = mip_levels(image)
-    for fine, coarse in zip(levels, levels[1:], strict=False):
+    for fine, coarse in itertools.pairwise(levels):
         assert coarse.shape[:2] == tuple(max(1, size // 2) for size in fine.shape[:2])
         np.testing.assert_allclose(coarse.mean((0, 1)), fine.mean((0, 1)), atol=1.0)
     assert levels[-1].shape == (1, 1, 4)
@@ -522,6 +521,7 @@ def test_rendering_some_agents_equals_those_of_all(simulator):
     assert simulator.render(torch.zeros(0, dtype=torch.int64))["depth"].shape == (0, 8, 8)
 
 
+@pytest.mark.filterwarnings("ignore:.*was built for an agent")
 def test_loading_scenes_keeps_residents_and_agents_follow_theirs(simulator, reference_dir):
     put(simulator, scene=1)
     before = simulator.render()["depth"]

@@ -11,6 +11,9 @@ from envs.sensors import in_agent_frame
 from envs.simulators.base import Action, AgentSpec, PathQueries
 
 _COLLISION_COST = 0.25  # of one forward step's progress; a collision is worse than a slightly longer way
+_STUCK_COST = 2.0  # without sliding, an agent that touched a wall can hardly leave it
+_CLOSE_COST = 0.2  # without sliding, for standing at a wall, less the farther up to _CLOSE
+_CLOSE = 0.1  # [m]
 _TURN_COST = 0.0125  # of one forward step's progress; among equal ways the one with fewer turns
 _SIDEWAYS = 2  # turns to either side of the bearing that are tried out
 _ENOUGH = 0.5  # of a step's length; a move that gains less sends the search all around
@@ -110,6 +113,12 @@ class ShortestPathFollower:
         collided = ((end - start).norm(dim=1) + 1e-5 < step).reshape_as(turns)
         after = self.paths.geodesic_distance(scenes, end, goal.repeat_interleave(count, dim=0))
         gain = distance[:, None] - after.reshape_as(heading)
-        score = gain / step - _COLLISION_COST * collided - _TURN_COST * turns.abs()
+        score = gain / step - _TURN_COST * turns.abs()
+        if self.agent.allow_sliding:
+            score -= _COLLISION_COST * collided
+        else:
+            wall = self.paths.distance_to_obstacle(scenes, end, _CLOSE).reshape_as(heading)
+            cost = _STUCK_COST * collided + _CLOSE_COST * (1.0 - wall.clamp(max=_CLOSE) / _CLOSE)
+            score -= torch.where(gain > distance[:, None] - self.goal_radius, 0.0, cost)
         chosen = score.argmax(dim=1, keepdim=True)
         return turns.gather(1, chosen).squeeze(1), gain.gather(1, chosen).squeeze(1)

@@ -165,7 +165,7 @@ class Simulator(ABC):
 
     @abstractmethod
     def render(self, agents: Tensor | None = None) -> dict[str, Tensor]:
-        """What the agents' sensors see, all of them or those of indices (M,), by sensor name.
+        """What the agents' sensors see, all of them or those of indices (M,), by sensor name; fresh tensors.
 
         rgb (N, height, width, 3) uint8; depth (N, height, width) float32 along the optical axis [m], 0 where
         nothing was hit; normals (N, height, width, 3) float32 unit vectors in the camera's frame (x right,

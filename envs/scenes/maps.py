@@ -88,7 +88,8 @@ def floor_heights(mesh: WalkableMesh, min_area: float = 4.0) -> list[float]:
     A floor is a height around which at least ``min_area`` [m2] is walkable and level, within 0.5 m. A roof
     that an agent could stand on is one too, as it is to Habitat.
     """
-    level_area = np.where(_polygon_rises(mesh) <= _SAME_FLOOR, _polygon_areas(mesh), 0.0)
+    low, high = _polygon_extents(mesh)
+    level_area = np.where(high - low <= _SAME_FLOOR, _polygon_areas(mesh), 0.0)
     heights, members = np.unique(np.round(_polygon_heights(mesh), 2), return_inverse=True)
     areas = np.bincount(members.ravel(), level_area, minlength=len(heights))
     floors: list[float] = []
@@ -126,7 +127,9 @@ def top_down_map(
             raise ValueError("the navigation mesh has no polygons, so there is no floor to draw")
         height = floors[0]
     heights = _polygon_heights(mesh)
-    on_floor = np.abs(heights - height) <= _SAME_FLOOR
+    # A point on stairs lies within the heights of their polygons, not near their mean.
+    low, high = _polygon_extents(mesh)
+    on_floor = (low - _SAME_FLOOR <= height) & (height <= high + _SAME_FLOOR)
     if not on_floor.any():
         known = ", ".join(f"{floor:.1f}" for floor in floor_heights(mesh)) or "none"
         raise ValueError(
@@ -232,10 +235,11 @@ def _polygon_heights(mesh: WalkableMesh) -> NDArray[np.float64]:
     return np.asarray(ys.sum(axis=1) / np.maximum(present.sum(axis=1), 1), dtype=np.float64)
 
 
-def _polygon_rises(mesh: WalkableMesh) -> NDArray[np.float64]:
-    """Difference between the highest and the lowest corner of each polygon: (P,) [m]."""
+def _polygon_extents(mesh: WalkableMesh) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Heights of the lowest and the highest corner of each polygon: (P,) each [m]."""
     filled = np.where(mesh.polygons >= 0, mesh.polygons, mesh.polygons[:, :1])
-    return np.ptp(mesh.vertices[:, 1][filled].astype(np.float64), axis=1)
+    heights = mesh.vertices[:, 1][filled].astype(np.float64)
+    return heights.min(axis=1), heights.max(axis=1)
 
 
 def _polygon_areas(mesh: WalkableMesh) -> NDArray[np.float64]:

@@ -193,12 +193,14 @@ def _checked_geometry(
     if not np.isfinite(points[faces]).all():
         bad = int((~np.isfinite(points[faces]).all(axis=(1, 2))).sum())
         raise NavMeshError(f"{bad} of {len(faces)} triangles have corners that are not finite")
+    # Habitat lays its voxels from the lowest corner of all triangles, also of those without area.
+    used, flat = np.unique(faces, return_inverse=True)
+    points, faces = points[used], flat.reshape(-1, 3).astype(np.int32)
     a, b, c = (points[faces[:, k]] for k in range(3))
     faces = faces[(np.cross(b - a, c - a) != 0).any(axis=1)]
     if not len(faces):
         raise NavMeshError("no triangle of the scene has any area, so there is no floor to walk on")
-    used, flat = np.unique(faces, return_inverse=True)
-    return points[used], flat.reshape(-1, 3).astype(np.int32)
+    return points, faces
 
 
 def _nowhere_to_stand(

@@ -114,6 +114,17 @@ def test_recorded_loft_has_two_floors(reference_dir):
     assert floors == pytest.approx([0.1, 2.7], abs=0.15)
 
 
+def test_every_recorded_place_has_a_map(reference_dir):
+    mesh = read_navmesh(reference_dir / "loft.navmesh")
+    places = np.load(reference_dir / "loft.reference.npz")["geodesic_start"]
+    # Also those halfway up the stairs.
+    assert np.histogram(places[:, 1], [0.8, 2.0])[0][0] > 0
+    for place in places[np.unique(np.round(places[:, 1], 1), return_index=True)[1]]:
+        floor = top_down_map(mesh, height=place[1], size=120)
+        column, row = np.floor(floor.world_to_pixel(place)).astype(int)
+        assert floor.grid[row - 1 : row + 2, column - 1 : column + 2].any()
+
+
 def test_a_height_without_floor_names_the_floors():
     with pytest.raises(ValueError, match=r"within 0.35 m of height 5.00 m; floors: 0.0"):
         top_down_map(ROOM, height=5.0)

@@ -11,8 +11,11 @@ import os
 import shutil
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
 
 from navagent.installation import ShadowedPackageError, check_packages
 
@@ -181,6 +184,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
         "--sampled", dest="deterministic", action="store_false", help="draw actions (default)"
     )
     sampling.add_argument("--deterministic", action="store_true", help="take the most probable action")
+    parser.set_defaults(deterministic=False)
     who.add_argument("--seed", metavar="N", type=int, default=0, help="seed of drawn actions and intervals")
     what = parser.add_argument_group("output")
     what.add_argument("--out", metavar="DIR", help="folder of the results (default: RUN/evaluation/SPLIT)")
@@ -194,9 +198,174 @@ def _evaluate(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _pretrain(arguments: Sequence[str]) -> int:
+    parser = _parser(
+        "pretrain",
+        "Trains a perception encoder, with its decoder, on ground truth of the simulator, and says how good "
+        "it is in homes it has not seen. Ctrl-C saves; the same command goes on.",
+        """
+        navagent pretrain runs/normals
+        navagent pretrain runs/depth-normals --sensor depth --steps 8000
+        navagent train encoder.weights=runs/normals/encoder.safetensors
+        """,
+    )
+    parser.add_argument("out", metavar="OUT", help="folder for the weights, their card and a picture")
+    parser.add_argument("--dataset", metavar="DIR", help="data set of homes (default: 40 generated ones)")
+    for name, kind, default, line in PRETRAIN_OPTIONS:
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=kind, default=default, help=f"{line} (default: {default})"
+        )
+    values = vars(parser.parse_args(arguments))
+    out, dataset = Path(values.pop("out")), values.pop("dataset")
+    from rich.console import Console
+
+    from navagent.build import dataset_dir
+    from navagent.config import TrainConfig
+    from navagent.learning.pretrain import PretrainConfig, pretrain
+
+    config = PretrainConfig(dataset=Path(dataset or "."), out=out, **values)
+    if dataset is None:
+        config = replace(config, dataset=dataset_dir(TrainConfig()))
+    weights = pretrain(config, console=Console())
+    print(f"weights  {weights}\nuse them with\n  navagent train encoder.weights={weights}")
+    return 0
+
+
+PRETRAIN_OPTIONS: tuple[tuple[str, type, Any, str], ...] = (
+    ("encoder", str, "fcn5_small", "network family"),
+    ("sensor", str, "rgb", "what it looks at: rgb or depth"),
+    ("task", str, "normals", "what it predicts: normals or depth"),
+    ("steps", int, 4000, "optimiser steps"),
+    ("batch_size", int, 64, "frames a step"),
+    ("train_frames", int, 10000, "frames rendered in train homes"),
+    ("val_frames", int, 2000, "frames rendered in unseen homes"),
+    ("learning_rate", float, 2e-3, "peak learning rate"),
+    ("height", int, 64, "image rows"),
+    ("width", int, 64, "image columns"),
+    ("seed", int, 0, "seed of viewpoints, initial weights and batches"),
+    ("device", str, "cpu", "cpu or cuda"),
+)
+"""Options of ``pretrain``: field of its settings, type, default, and what it is for."""
+
+
+def _scenes(arguments: Sequence[str]) -> int:
+    actions = {"generate": _scenes_generate, "show": _scenes_show}
+    if not arguments or arguments[0] in ("--help", "-h"):
+        print(SCENES_HELP)
+        return 0 if arguments else BAD_INPUT
+    if arguments[0] not in actions:
+        raise _UsageError(
+            f"scenes: there is no action {arguments[0]!r}{_nearest(arguments[0], list(actions))} "
+            f"(actions: {', '.join(actions)}; see `navagent scenes --help`)"
+        )
+    return actions[arguments[0]](arguments[1:])
+
+
+SCENES_HELP = """\
+usage: navagent scenes generate OUT [--num N] [--seed N]
+       navagent scenes show SCENE [--out FILE.png]
+
+generate   write procedural homes with train and val episodes, in Habitat's format
+show       draw a scene's map and a few views to PNG; any .glb or .gltf that Habitat reads
+
+examples:
+  navagent scenes generate --num 40 --seed 0 homes
+  navagent scenes show homes/scenes/home_004/home_004.glb --out home.png
+
+`navagent scenes generate --help` and `navagent scenes show --help` tell more."""
+
+
+def _scenes_generate(arguments: Sequence[str]) -> int:
+    parser = _parser(
+        "scenes generate",
+        "Writes procedural homes with train and val episodes, no scene shared between them, in a folder that "
+        "Habitat opens too. The same seed gives the same bytes.",
+        """
+        navagent scenes generate --num 40 --seed 0 homes
+        navagent train scenes=dataset scenes.dataset=homes
+        """,
+    )
+    parser.add_argument("out", metavar="OUT", help="folder to make")
+    parser.add_argument(
+        "--num", metavar="N", type=int, default=40, help="homes, every fifth for val (default: 40)"
+    )
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed (default: 0)")
+    parser.add_argument(
+        "--train-episodes", metavar="N", type=int, default=500, help="in each train home (default: 500)"
+    )
+    parser.add_argument(
+        "--val-episodes", metavar="N", type=int, default=25, help="in each val home (default: 25)"
+    )
+    options = parser.parse_args(arguments)
+    from rich.console import Console
+
+    from navagent.scenes import generate
+
+    generate(
+        options.out,
+        options.num,
+        options.seed,
+        train_episodes=options.train_episodes,
+        val_episodes=options.val_episodes,
+        console=Console(file=sys.stderr),
+    )
+    print(options.out)
+    return 0
+
+
+def _scenes_show(arguments: Sequence[str]) -> int:
+    parser = _parser(
+        "scenes show",
+        "Draws a scene's map, a floor each, and views from a few places to one PNG.",
+        """
+        navagent scenes show homes/scenes/home_004/home_004.glb
+        navagent scenes show skokloster-castle.glb --out castle.png --views 8
+        """,
+    )
+    parser.add_argument("scene", metavar="SCENE", help="a .glb or .gltf file")
+    parser.add_argument(
+        "--out", metavar="FILE", help="picture to write (default: SCENE's name with .png, here)"
+    )
+    parser.add_argument("--views", metavar="N", type=int, default=6, help="places to look from (default: 6)")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the places (default: 0)")
+    options = parser.parse_args(arguments)
+    from navagent.scenes import show
+
+    print(
+        show(
+            options.scene,
+            options.out or f"{Path(options.scene).stem}.png",
+            num_views=options.views,
+            seed=options.seed,
+        )
+    )
+    return 0
+
+
+def _reference(arguments: Sequence[str]) -> int:
+    parser = _parser(
+        "reference",
+        "Holds the built-in simulator and the task against a folder of recordings of real Habitat, and "
+        "prints every figure with its bar. Exit status 1 where one is missed.",
+        """
+        navagent reference recordings
+        navagent reference recordings --json
+        """,
+    )
+    parser.add_argument("folder", metavar="DIR", help="folder of recordings")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options = parser.parse_args(arguments)
+    from navagent.reference import run
+
+    return run(options.folder, options.json)
+
+
 VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (_train, "train an agent: homes, PPO, evaluation, report"),
     "evaluate": (_evaluate, "measure a trained agent, with maps, videos and other agents beside it"),
+    "pretrain": (_pretrain, "train a perception encoder on the simulator's ground truth"),
+    "scenes": (_scenes, "generate homes to navigate; draw scenes"),
+    "reference": (_reference, "hold the simulator against recordings of real Habitat"),
 }
 """Each verb with what runs it and one line on what it is for."""
 
@@ -224,6 +393,27 @@ def _dispatch(arguments: Sequence[str]) -> int:
     return VERBS[verb][0](arguments[1:])
 
 
+class _Warnings:
+    """Shows a warning as one line, and each only once."""
+
+    def __init__(self) -> None:
+        self._shown: set[str] = set()
+
+    def __call__(
+        self,
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        text = str(message)
+        if text not in self._shown:
+            self._shown.add(text)
+            print(f"navagent: warning: {text}", file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status.
 
@@ -231,6 +421,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     came from.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    warnings.showwarning = _Warnings()
     try:
         check_packages()
         status = _dispatch(arguments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -106,19 +106,7 @@ def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> Pa
     episodes = spread(split.episodes, options.episodes or len(split.episodes))
     scenes = {episode.scene_id: split.scenes[episode.scene_id] for episode in episodes}
 
-    results: dict[str, list[EpisodeResult]] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as progress:
-        for contender in contenders:
-            task = progress.add_task(contender.name, total=len(episodes))
-            results[contender.name] = _evaluate(
-                contender,
-                config,
-                episodes,
-                scenes,
-                options,
-                lambda done, _, task=task: progress.update(task, completed=done),  # type: ignore[misc]
-            )
+    results = _evaluate(contenders, config, episodes, scenes, options)
     out = Path(options.out) if options.out else run.path / "evaluation" / split.name
     out.mkdir(parents=True, exist_ok=True)
     summaries = {name: summarise(found, options.seed) for name, found in results.items()}
@@ -149,7 +137,7 @@ def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> Pa
     with atomic_write(out / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     title = f"{run.path.name} on {split.name}: {len(episodes)} episodes in {len(scenes)} scenes"
-    console.print(results_table(summaries, title))
+    console.print(results_table(summaries, title, console.width))
     report = write_report(run)
     console.print(f"results  {out}\nreport   {report}", soft_wrap=True)
     return out
@@ -238,32 +226,48 @@ def load_policy(run: Run, env: PointNavVectorEnv, checkpoint: str | int = "best"
 
 
 def _evaluate(
-    contender: Contender,
+    contenders: Sequence[Contender],
     config: TrainConfig,
     episodes: list[Episode],
     scenes: dict[str, Path],
     options: EvaluateOptions,
-    progress: Any,
-) -> list[EpisodeResult]:
+) -> dict[str, list[EpisodeResult]]:
+    """Results of each contender by name; the baselines share an environment."""
     num_envs = min(config.evaluation.num_envs, len(episodes))
+    # Who does not look needs no cameras.
+    blind = dataclasses.replace(config, sensors=SensorsConfig(rgb=False, depth=False))
+    shared: PointNavVectorEnv | None = None
 
     def environment(settings: TrainConfig) -> PointNavVectorEnv:
         return make_vector_env(
             settings, episodes, scenes, num_envs, "once", AutoresetMode.NEXT_STEP, seed=options.seed
         )
 
-    if contender.run is None:
-        # Who does not look needs no rendering.
-        env = environment(dataclasses.replace(config, sensors=SensorsConfig(rgb=False, depth=False)))
-        agent: Agent = BASELINES[contender.name]()
-    else:
-        env = environment(_contender_config(contender.run, config))
-        policy = load_policy(contender.run, env, options.checkpoint)
-        agent = PolicyAgent(policy, contender.name, options.deterministic)
-    try:
-        return evaluate_agent(env, agent, options.seed, progress)
-    finally:
-        env.close()
+    results: dict[str, list[EpisodeResult]] = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        for contender in contenders:
+            task = progress.add_task(contender.name, total=len(episodes))
+            if contender.run is None:
+                env = shared = shared or environment(blind)
+                agent: Agent = BASELINES[contender.name]()
+            else:
+                env = environment(_contender_config(contender.run, config))
+                policy = load_policy(contender.run, env, options.checkpoint)
+                agent = PolicyAgent(policy, contender.name, options.deterministic)
+            try:
+                results[contender.name] = evaluate_agent(
+                    env,
+                    agent,
+                    options.seed,
+                    lambda done, _, task=task: progress.update(task, completed=done),  # type: ignore[misc]
+                )
+            finally:
+                if env is not shared:
+                    env.close()
+    if shared is not None:
+        shared.close()
+    return results
 
 
 def _draw(

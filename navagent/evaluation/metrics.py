@@ -16,12 +16,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from rich.markup import escape
 from rich.table import Table
 
 from navagent.evaluation.results import EpisodeResult
 
 CONFIDENCE = 0.95
 RESAMPLES = 5000
+MIN_SCENES = 5
+"""Resampling fewer scenes than this says next to nothing."""
+COMPACT = ("success", "spl", "distance_to_goal", "steps")
+"""Measures that fit into a narrow terminal."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class Estimate:
     count: int
     """Episodes that gave a finite value."""
     over_scenes: tuple[float, float] | None = None
-    """95 % interval over whole scenes; None where there are fewer than two."""
+    """95 % interval over whole scenes; None where there are fewer than :data:`MIN_SCENES`."""
 
 
 def wilson_interval(successes: int, count: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -123,8 +128,13 @@ def estimate(results: Sequence[EpisodeResult], measure: Measure, seed: int = 0) 
     else:
         low, high = bootstrap_interval(values, seed)
     scenes = [result.scene_id for result, kept in zip(results, finite, strict=True) if kept]
-    over_scenes = bootstrap_interval(values, seed, groups=scenes) if len(set(scenes)) > 1 else None
-    return Estimate(float(values.mean()), low, high, len(values), over_scenes)
+    return Estimate(float(values.mean()), low, high, len(values), _over_scenes(values, scenes, seed))
+
+
+def _over_scenes(values: ArrayLike, scenes: Sequence[str], seed: int) -> tuple[float, float] | None:
+    if len(set(scenes)) < MIN_SCENES:
+        return None
+    return bootstrap_interval(values, seed, groups=scenes)
 
 
 def summarise(results: Sequence[EpisodeResult], seed: int = 0) -> dict[str, Estimate]:
@@ -147,24 +157,36 @@ def paired_difference(
     values = [getattr(result, name) - other[result.scene_id, result.episode_id] for result in both]
     low, high = bootstrap_interval(values, seed)
     scenes = [result.scene_id for result in both]
-    over_scenes = bootstrap_interval(values, seed, groups=scenes) if len(set(scenes)) > 1 else None
-    return Estimate(float(np.mean(values)), low, high, len(values), over_scenes)
+    return Estimate(float(np.mean(values)), low, high, len(values), _over_scenes(values, scenes, seed))
 
 
-def results_table(summaries: Mapping[str, Mapping[str, Estimate]], title: str) -> Table:
-    """The summaries of several agents as a table: the mean, and below it the interval."""
-    table = Table(title=title, caption="mean and 95 % interval over episodes", title_justify="left")
-    table.add_column("agent", no_wrap=True)
-    for measure in MEASURES:
-        table.add_column(measure.label + (f" [{measure.unit}]" if measure.unit else ""), justify="right")
+def results_table(
+    summaries: Mapping[str, Mapping[str, Estimate]], title: str, width: int | None = None
+) -> Table:
+    """The summaries of several agents as a table: the mean, and below it the interval.
+
+    Args:
+        summaries: measures of each agent, by name.
+        title: what stands above.
+        width: columns of the terminal; a narrow one gets the most important measures only.
+    """
+    shown = [measure for measure in MEASURES if width is None or width >= 120 or measure.name in COMPACT]
+    caption = "mean and 95 % interval over episodes"
+    if len(shown) < len(MEASURES):
+        caption += "; all measures are in summary.json"
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    table.add_column("agent", overflow="fold")
+    for measure in shown:
+        label = measure.label + (f" [{measure.unit}]" if measure.unit else "")
+        table.add_column(escape(label), justify="right", no_wrap=True)
     for agent, summary in summaries.items():
         cells = []
-        for measure in MEASURES:
+        for measure in shown:
             value, digits = summary[measure.name], measure.digits
             cells.append(
                 f"{value.mean:.{digits}f}\n[dim]{value.low:.{digits}f}–{value.high:.{digits}f}[/dim]"
             )
-        table.add_row(agent, *cells, end_section=True)
+        table.add_row(escape(agent), *cells, end_section=True)
     return table
 
 

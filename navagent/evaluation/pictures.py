@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from envs.scenes.maps import TopDownMap, draw_map, top_down_map
+from envs.scenes.maps import TopDownMap, draw_map, floor_heights, top_down_map
 from envs.scenes.pathfinder import PathFinder
 from envs.simulators.base import SensorSpec
 from envs.simulators.raycast import RaycastSimulator
@@ -62,6 +62,8 @@ class Studio:
         self.navmesh = self.simulator.paths.navmeshes[0]
         self.config = config
         self._map_size = map_size
+        # Rooms smaller than a floor must be still have a height.
+        self._floors = floor_heights(self.navmesh) or [float(np.median(self.navmesh.vertices[:, 1]))]
         self._maps: dict[float, TopDownMap] = {}
 
     def close(self) -> None:
@@ -69,7 +71,7 @@ class Studio:
         self.simulator.close()
 
     def map(self, result: EpisodeResult) -> Image:
-        """Map of the floor that the episode starts on, with its whole path: (H, W, 3) uint8 RGB."""
+        """Map of the floor that the episode ends on, with its whole path: (H, W, 3) uint8 RGB."""
         return self._map(result, len(result.positions) - 1)
 
     def view(self, result: EpisodeResult) -> Image:
@@ -129,7 +131,7 @@ class Studio:
         return distances
 
     def _map(self, result: EpisodeResult, step: int) -> Image:
-        floor = self._floor(result.start[1])
+        floor = self._floor(float(result.positions[step, 1]))
         scene = torch.zeros(1, dtype=torch.int64, device=self.simulator.device)
         corners, count = self.simulator.paths.path(scene, self._point(result.start), self._point(result.goal))
         return draw_map(
@@ -143,10 +145,11 @@ class Studio:
         )
 
     def _floor(self, height: float) -> TopDownMap:
-        key = round(height, 1)
-        if key not in self._maps:
-            self._maps[key] = top_down_map(self.navmesh, height, size=self._map_size)
-        return self._maps[key]
+        """Map of the floor nearest to a height [m]."""
+        nearest = min(self._floors, key=lambda floor: abs(floor - height))
+        if nearest not in self._maps:
+            self._maps[nearest] = top_down_map(self.navmesh, nearest, size=self._map_size)
+        return self._maps[nearest]
 
     def _point(self, point: tuple[float, float, float]) -> Tensor:
         return torch.tensor([point], dtype=torch.float32, device=self.simulator.device)

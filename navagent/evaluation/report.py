@@ -18,7 +18,6 @@ from envs.files import atomic_write
 from navagent.config import TrainConfig, as_typed, flatten, read_config, to_yaml
 from navagent.evaluation.curves import DARK, draw_curves
 from navagent.evaluation.metrics import MEASURES, Estimate, from_json
-from navagent.progress import duration
 from navagent.runs import Run, RunError
 
 _KINDS = {".png": "image/png", ".mp4": "video/mp4"}
@@ -30,7 +29,7 @@ _LEGEND = (
     '<span class="key" style="background:#d63e3e"></span>goal'
     '<span class="key" style="background:#40a86c"></span>shortest path'
     '<span class="key time"></span>the agent\'s path, first to last. '
-    "The small picture is what it saw at the start."
+    "Beside each map: what it saw at the start."
 )
 """Explains the colours of :func:`envs.scenes.maps.draw_map`."""
 
@@ -162,15 +161,21 @@ def _tiles(main: Evaluation, records: list[dict[str, Any]]) -> str:
     if records:
         seconds = max((_number(record.get("time/trained_seconds")) for record in records), default=0.0)
         frames = records[-1]["frames"]
-        tiles.append(
-            _tile("trained", f"{_short(frames)} frames", f"in {duration(seconds)}" if seconds else "")
-        )
+        tiles.append(_tile("frames trained on", _short(frames), f"in {_span(seconds)}" if seconds else ""))
     over = ours["success"].over_scenes
     more = f"success over homes: {over[0]:.2f} – {over[1]:.2f}" if over else ""
     tiles.append(
         _tile("unseen homes", str(main.summary["scenes"]), more or f"{main.summary['episodes']} episodes")
     )
     return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _span(seconds: float) -> str:
+    """A span of time, roughly."""
+    for size, word in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.3g} {word}"
+    return f"{seconds:.0f} seconds"
 
 
 def _number(value: Any) -> float:
@@ -277,14 +282,11 @@ def _videos(evaluation: Evaluation) -> str:
 def _maps(evaluation: Evaluation) -> str:
     figures = []
     for picture in _with(evaluation, "map"):
-        view = ""
-        if "view" in picture:
-            uri = data_uri(evaluation.folder / picture["view"])
-            view = f'<img class="view" alt="what it saw first" src="{uri}">'
-        plan = data_uri(evaluation.folder / picture["map"])
+        plan, view = (data_uri(evaluation.folder / picture[name]) for name in ("map", "view"))
         figures.append(
-            f'<figure><div class="map"><img class="plan" alt="map with the path" src="{plan}">{view}</div>'
-            f"{_caption(picture['result'])}</figure>"
+            f'<figure><img class="plan" alt="map with the path" src="{plan}"><div>'
+            f'<img class="view" alt="what it saw first" src="{view}">'
+            f"{_caption(picture['result'])}</div></figure>"
         )
     if not figures:
         return ""
@@ -300,9 +302,10 @@ def _with(evaluation: Evaluation, kind: str) -> Iterable[Mapping[str, Any]]:
     for picture in evaluation.summary.get("pictures", []):
         if kind not in picture:
             continue
-        file = (folder / picture[kind]).resolve()
+        names = ("map", "view") if kind == "map" else (kind,)
+        files = [(folder / str(picture.get(name))).resolve() for name in names]
         # A summary that came from elsewhere must not put other files on the page.
-        if file.is_file() and file.is_relative_to(folder) and file.suffix in _KINDS:
+        if all(file.is_file() and file.is_relative_to(folder) and file.suffix in _KINDS for file in files):
             yield picture
 
 

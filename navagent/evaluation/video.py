@@ -19,7 +19,7 @@ MAX_DEPTH = 10.0
 """Depth [m] at which pictures of depth reach their farthest colour."""
 
 _GAP, _MARGIN, _BAR = 12, 14, 46
-_PAPER, _INK, _FAINT = (250, 250, 252), (28, 32, 44), (120, 126, 138)
+_PAPER, _INK = (255, 255, 255), (28, 32, 44)
 _GOOD, _BAD = (38, 132, 84), (190, 60, 52)
 
 
@@ -65,7 +65,11 @@ def frame(
     pictures = []
     for label, picture in panels:
         panel = fitted(picture, size, size)
-        _text(panel, label, (10, 22), 0.45, (255, 255, 255), outline=(40, 44, 56))
+        if label:
+            (length, height), _ = cv2.getTextSize(label, cv2.FONT_HERSHEY_DUPLEX, 0.42, 1)
+            corner = panel[8 : 8 + height + 12, 8 : 8 + length + 14]
+            corner[:] = (corner * 0.35).astype(np.uint8)
+            _text(panel, label, (15, 8 + height + 6), 0.42, (255, 255, 255))
         pictures.append(panel)
     width = _MARGIN * 2 + len(pictures) * size + (len(pictures) - 1) * _GAP
     canvas = np.full((_MARGIN + size + _BAR, width, 3), _PAPER, dtype=np.uint8)
@@ -81,17 +85,10 @@ def frame(
 
 
 def _text(
-    canvas: NDArray[np.uint8],
-    text: str,
-    at: tuple[int, int],
-    scale: float,
-    colour: tuple[int, int, int],
-    outline: tuple[int, int, int] | None = None,
+    canvas: NDArray[np.uint8], text: str, at: tuple[int, int], scale: float, colour: tuple[int, int, int]
 ) -> None:
     # OpenCV's fonts know ASCII alone.
     plain = text.encode("ascii", "replace").decode()
-    if outline is not None:
-        cv2.putText(canvas, plain, at, cv2.FONT_HERSHEY_DUPLEX, scale, outline, 3, cv2.LINE_AA)
     cv2.putText(canvas, plain, at, cv2.FONT_HERSHEY_DUPLEX, scale, colour, 1, cv2.LINE_AA)
 
 

@@ -135,8 +135,7 @@ def make_vector_env(
     """
     from envs.simulators.raycast.simulator import RaycastSimulator
 
-    base = published(variant)
-    overrides = {
+    overrides: dict[str, Any] = {
         "height": height,
         "width": width,
         "hfov_deg": hfov_deg,
@@ -146,8 +145,10 @@ def make_vector_env(
         "agent": agent,
         "noise": noise,
     }
-    chosen = replace(base, **{name: value for name, value in overrides.items() if value is not None})  # type:
-    ignore[arg-type] everything, scenes = load_split(dataset or default_dataset(), split, scenes_dir)
+    chosen = replace(
+        published(variant), **{name: value for name, value in overrides.items() if value is not None}
+    )
+    everything, scenes = load_split(dataset or default_dataset(), split, scenes_dir)
     sampler = EpisodeSampler(
         everything if episodes is None else episodes,
         num_envs,

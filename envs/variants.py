@@ -36,7 +36,7 @@ class Variant:
     """Depths that map to 0 and 1 [m]."""
 
     def cameras(self, kinds: Sequence[str]) -> tuple[SensorSpec, ...]:
-        """Cameras of these kinds (``rgb``, ``depth``, ``normals``, ``instance``), each named after its kind."""
+        """Cameras for those of the names that are kinds of camera, each named after its kind."""
         return tuple(
             SensorSpec(
                 name=kind,
@@ -78,9 +78,9 @@ VARIANTS: dict[str, Variant] = {
         observations=("rgb", "pointgoal_with_gps_compass"),
     ),
 }
-"""By name: the benchmark of 2019 (``habitat-2019``, also ``pointnav-v1``); the Habitat challenges (wide turns,
-no sliding, LoCoBot's body, noise, and no GPS or compass); DD-PPO's (success pays 2.5 times SPL); and the
-side-tuning paper's (three actions, stop is called for the agent, success pays 10)."""
+"""By name: the benchmark of 2019 (``habitat-2019``, also ``pointnav-v1``); the Habitat challenges (wide
+turns, no sliding, LoCoBot's body, noise, and no GPS or compass); DD-PPO's (success pays 2.5 times SPL); and
+the side-tuning paper's (three actions, stop is called for the agent, success pays 10)."""
 
 
 def variant(name: str) -> Variant:

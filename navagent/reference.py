@@ -131,25 +131,23 @@ def _check_scene(folder: Path, name: str, device: str) -> Iterator[Row]:
 
     description = _read_json(folder / f"{name}.json")
     answers = _read_answers(folder / f"{name}.reference.npz")
-    scene = load_scene(folder / f"{name}.glb")
-    rows: list[Row] = []
+    path = folder / f"{name}.glb"
     cameras = _cameras(description)
     num_views = len(answers["view_yaw"]) if "view_yaw" in answers else 1
 
     def simulator(num_agents: int, sensors: tuple[SensorSpec, ...], sliding: bool) -> RaycastSimulator:
-        return RaycastSimulator([scene], num_agents, sensors, _agent(description, sliding), device=device)
+        return RaycastSimulator([path], num_agents, sensors, _agent(description, sliding), device=device)
 
     sim = simulator(num_views, cameras, True)
-    rows += _check_views(name, sim, cameras, answers)
-    rows += _check_paths(name, sim.paths, answers)
+    yield from _check_views(name, sim, cameras, answers)
+    yield from _check_paths(name, sim.paths, answers)
     sim.close()
     for kind, sliding in (("slide", True), ("stop", False)):
         count = math.prod(answers.get(f"rollout_{kind}_actions", np.zeros((1, 1))).shape)
         sim = simulator(count, (), sliding)
-        rows += _check_moves(name, sim, kind, answers)
+        yield from _check_moves(name, sim, kind, answers)
         sim.close()
-    rows.append(_check_built_mesh(name, scene, description, answers, device))
-    return iter(rows)
+    yield _check_built_mesh(name, load_scene(path), description, answers, device)
 
 
 def _check_views(
@@ -464,6 +462,8 @@ def _print_table(rows: list[Row]) -> None:
         verdict = {True: "[green]pass[/]", False: "[bold red]FAIL[/]", None: "[dim]-[/]"}[row.passed]
         table.add_row(row.scene, row.what, value, f"{row.direction} {row.bar:g} {row.unit}".rstrip(), verdict)
     console = Console()
+    if not console.is_terminal:
+        console.width = 120  # in a file or a pipe, lines need not fold
     console.print(table)
     failed = sum(row.passed is False for row in rows)
     measured = sum(row.passed is not None for row in rows)

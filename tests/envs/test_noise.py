@@ -95,5 +95,5 @@ def test_noisy_moves_into_a_wall_collide(flat_simulator):
 
 @pytest.mark.parametrize("wrong", [{"rgb": -0.1}, {"depth": math.nan}, {"robot": "Roomba"}])
 def test_wrong_settings_are_refused_by_name(wrong):
-    with pytest.raises(ValueError, match="rgb|depth|Roomba"):
+    with pytest.raises(ValueError, match=r"rgb|depth|Roomba"):
         NoiseConfig(**wrong)

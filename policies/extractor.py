@@ -66,7 +66,7 @@ class PolarGoal(nn.Module):
 
     def forward(self, goal: Tensor) -> Tensor:
         """Features (N, 32) of goals (N, 2): distance [m] and angle [rad]."""
-        rho, phi = goal[:, 0], goal[:, 1]
+        rho, phi = goal[:, 0].clamp(min=0), goal[:, 1]
         # One scale for far, middle and near: 10 m, 1 m, and the 0.2 m within which an episode succeeds.
         scales = (rho / 10.0, torch.log1p(rho), torch.exp(-rho / 0.2))
         return self.linear(torch.stack((*scales, torch.cos(phi), torch.sin(phi)), dim=1))
@@ -93,9 +93,9 @@ class DiscreteEmbedding(nn.Module):
         self.embedding = nn.Embedding(int(space.n), EMBEDDING)
 
     def forward(self, index: Tensor) -> Tensor:
-        """Features (N, 32) of indices (N,) or one-hot vectors (N, n)."""
+        """Features (N, 32) of indices (N,) or one-hot vectors (N, n) or (N, 1, n)."""
         if index.is_floating_point():
-            return index @ self.embedding.weight
+            return index.flatten(1) @ self.embedding.weight
         return self.embedding(index.long().reshape(-1) - self.first)
 
 

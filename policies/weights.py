@@ -169,7 +169,7 @@ class _TensorUnpickler(pickle.Unpickler):
         if installed and not network_part:
             raise WeightsError(
                 f"the file asks for {module}.{name}, which is not needed to read tensors; refused, as "
-                "running it could do anything. Use a file from a source that you trust, best a safetensors one"
+                "running it could do anything. Use a file from a source that you trust, best safetensors"
             )
         return type("Placeholder", (Placeholder,), {"origin": f"{module}.{name}"})
 

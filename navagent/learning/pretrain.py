@@ -408,7 +408,7 @@ def render_frames(config: PretrainConfig, split: str, num_frames: int, seed: int
     from envs.simulators.base import SensorSpec
     from envs.simulators.raycast.simulator import RaycastSimulator
 
-    scenes = split_scenes(config.dataset, split)
+    starts = split_starts(config.dataset, split)
     shape = (config.height, config.width)
     view: dict[str, Any] = {
         "height": config.height,
@@ -423,24 +423,27 @@ def render_frames(config: PretrainConfig, split: str, num_frames: int, seed: int
         torch.empty(num_frames, *shape, SENSORS[config.sensor], dtype=pixel),
         torch.empty(num_frames, TASKS[config.task], *shape, dtype=torch.float16),
     )
-    agents = min(64, num_frames)
+    agents = min(128, num_frames)
     generator = torch.Generator(device=config.device).manual_seed(seed)
     filled = 0
-    for index, scene in enumerate(scenes):
-        wanted = num_frames * (index + 1) // len(scenes)
+    for index, (scene, start) in enumerate(starts.items()):
+        wanted = num_frames * (index + 1) // len(starts)
         if wanted == filled:
             continue
         simulator = RaycastSimulator([scene], agents, sensors, device=config.device)
         here = torch.zeros(agents, dtype=torch.int64, device=config.device)
+        known = torch.tensor(start, device=config.device).expand(agents, 3)
         while filled < wanted:
             position = simulator.paths.sample(here, generator)
             yaw = torch.rand(agents, generator=generator, device=config.device) * (2 * math.pi)
             simulator.reset(torch.arange(agents, device=config.device), here, position, yaw)
-            seen = simulator.render()
-            count = min(agents, wanted - filled)
-            frames.image[filled : filled + count] = _as_image(config.sensor, seen[config.sensor][:count])
-            frames.target[filled : filled + count] = _as_target(config.task, seen[config.task][:count])
-            filled += count
+            # Where an episode's agent can get to, and not the roof or the top of a table.
+            inside = simulator.paths.geodesic_distance(here, known, position).isfinite()
+            seen = simulator.render(inside.nonzero()[: wanted - filled, 0])
+            rows = slice(filled, filled + len(seen[config.task]))
+            frames.image[rows] = _as_image(config.sensor, seen[config.sensor]).to(frames.image)
+            frames.target[rows] = _as_target(config.task, seen[config.task]).to(frames.target)
+            filled = rows.stop
         simulator.close()
     return frames
 
@@ -453,12 +456,13 @@ def _as_target(task: str, pixels: Tensor) -> Tensor:
     return pixels.movedim(3, 1) if task == "normals" else torch.log1p(pixels)[:, None]
 
 
-def split_scenes(dataset: Path, split: str) -> list[Path]:
-    """Files of the scenes that the episodes of a split are set in, in a fixed order."""
+def split_starts(dataset: Path, split: str) -> dict[Path, tuple[float, float, float]]:
+    """Scenes that the episodes of a split are set in, and where one of these starts in each."""
     from envs.episodes import find_scene, read_dataset
 
     episodes = read_dataset(Path(dataset) / "episodes" / split / f"{split}.json.gz")
-    return [find_scene(scene, Path(dataset)) for scene in sorted({e.scene_id for e in episodes})]
+    starts = {episode.scene_id: episode.start_position for episode in episodes}
+    return {find_scene(scene, Path(dataset)): starts[scene] for scene in sorted(starts)}
 
 
 def _draw(path: Path, encoder: Encoder, decoder: Decoder, config: PretrainConfig, val: Frames) -> None:

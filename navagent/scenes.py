@@ -221,42 +221,26 @@ _VIEW = (320, 240)
 
 def _contact_sheet(title: str, overview: _Overview) -> NDArray[np.uint8]:
     """Maps on the left, views in colour and depth on the right."""
-    import cv2
-
-    from envs.scenes.maps import floor_heights, top_down_map
-
     count = len(overview.position)
     columns = min(count, 3)
     rows = math.ceil(count / columns)
     tile = 2 * _VIEW[1] + 4
     body = rows * tile + (rows - 1) * _GAP
-    floors = floor_heights(overview.navmesh) or [float(overview.position[0, 1])]
-    side = max(360, (body - (len(floors) - 1) * _GAP - 26 * len(floors)) // len(floors))
-    side = min(side, body)
-    left = side if len(floors) == 1 else min(side, 640)
+    maps = _maps(overview, body)
+    left = max(plan.shape[1] for plan in maps)
+    body = max(body, sum(len(plan) + _GAP for plan in maps) - _GAP)
     width = _GAP * 2 + left + columns * (_VIEW[0] + _GAP)
     sheet = np.full((64 + body + _GAP, width, 3), _PAPER, np.uint8)
     _write(sheet, title, (_GAP, 34), 0.8, _INK, 2)
     facts = (
         f"{overview.triangles:,} triangles, {overview.navmesh.navigable_area:.0f} m2 to walk, "
-        f"{len(floors)} {'floor' if len(floors) == 1 else 'floors'}"
+        f"{len(maps)} {'floor' if len(maps) == 1 else 'floors'}"
     )
     _write(sheet, facts, (_GAP, 56), 0.45, _FAINT, 1)
     top = 64
-    for number, height in enumerate(floors):
-        picture = top_down_map(overview.navmesh, height)
-        plan: NDArray[Any] = picture.image
-        scale = min(left / plan.shape[1], (side - 4) / plan.shape[0])
-        size = (max(1, round(plan.shape[1] * scale)), max(1, round(plan.shape[0] * scale)))
-        plan = cv2.resize(plan, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
-        for index, (position, yaw) in enumerate(zip(overview.position, overview.yaw, strict=True)):
-            if abs(position[1] - height) < 1.0:
-                _mark(plan, picture.world_to_pixel(position) * scale, float(yaw), index + 1)
-        if len(floors) > 1:
-            _write(sheet, f"floor {number + 1}", (_GAP, top + 16), 0.45, _FAINT, 1)
-            top += 26
-        sheet[top : top + plan.shape[0], _GAP : _GAP + plan.shape[1]] = plan
-        top += plan.shape[0] + _GAP
+    for plan in maps:
+        sheet[top : top + len(plan), _GAP : _GAP + plan.shape[1]] = plan
+        top += len(plan) + _GAP
     for index in range(count):
         row, column = divmod(index, columns)
         x = 2 * _GAP + left + column * (_VIEW[0] + _GAP)
@@ -265,6 +249,25 @@ def _contact_sheet(title: str, overview: _Overview) -> NDArray[np.uint8]:
         sheet[y + _VIEW[1] + 4 : y + tile, x : x + _VIEW[0]] = _depth_colours(overview.depth[index])
         _badge(sheet, (x + 16, y + 16), index + 1)
     return sheet
+
+
+def _maps(overview: _Overview, height: int) -> list[NDArray[Any]]:
+    """A map of every floor with the viewpoints on it, together about ``height`` pixels high."""
+    from envs.scenes.maps import floor_heights, top_down_map
+
+    floors = floor_heights(overview.navmesh) or [float(overview.position[0, 1])]
+    size = int(np.clip((height + _GAP) // len(floors) - _GAP, 300, 800))
+    maps: list[NDArray[Any]] = []
+    for number, level in enumerate(floors):
+        picture = top_down_map(overview.navmesh, level, size)
+        plan = picture.image.copy()
+        for index, (position, yaw) in enumerate(zip(overview.position, overview.yaw, strict=True)):
+            if abs(position[1] - level) < 1.0:
+                _mark(plan, picture.world_to_pixel(position), float(yaw), index + 1)
+        if len(floors) > 1:
+            _write(plan, f"floor {number + 1}", (6, 16), 0.45, _FAINT, 1)
+        maps.append(plan)
+    return maps
 
 
 def _depth_colours(depth: NDArray[np.float32]) -> NDArray[np.uint8]:

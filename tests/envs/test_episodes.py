@@ -220,7 +220,7 @@ def test_scenes_are_found_with_and_without_habitats_prefix(tmp_path):
     assert find_scene("data/scene_datasets/gibson/Adrian.glb", tmp_path) == scene
     assert find_scene("data/scene_datasets/gibson/Adrian.glb", tmp_path / "gibson") == scene
     assert find_scene(str(scene), tmp_path / "nowhere") == scene
-    with pytest.raises(EpisodeError, match="tried .*gibson/Other.glb"):
+    with pytest.raises(EpisodeError, match=r"tried .*gibson/Other\.glb"):
         find_scene("gibson/Other.glb", tmp_path)
 
 

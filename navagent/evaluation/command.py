@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -132,6 +133,7 @@ def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> Pa
             for found in others
         },
         "pictures": pictures,
+        "command": as_command(options),
     }
     write_results([result for found in results.values() for result in found], out / "episodes.jsonl")
     with atomic_write(out / "summary.json") as temporary:
@@ -141,6 +143,17 @@ def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> Pa
     report = write_report(run)
     console.print(f"results  {out}\nreport   {report}", soft_wrap=True)
     return out
+
+
+def as_command(options: EvaluateOptions) -> str:
+    """The command line that asks for these options."""
+    words = ["navagent", "evaluate", options.run]
+    for item in dataclasses.fields(options):
+        value = getattr(options, item.name)
+        if item.name == "run" or value == item.default:
+            continue
+        words += [f"--{item.name}"] if value is True else [f"--{item.name}", str(value)]
+    return shlex.join(words)
 
 
 def parse_agents(text: str, run: Run) -> list[Contender]:

@@ -137,7 +137,9 @@ def _lead(config: TrainConfig, records: list[dict[str, Any]], main: Evaluation |
     body = f"An agent that {eyes}" + (f", through {adapted}" if seen else "") + "."
     if main is None:
         return body + " It has not been evaluated yet."
-    ours = next(iter(main.agents.values()))
+    if "run" not in main.agents:
+        return body
+    ours = main.agents["run"]
     success = ours["success"]
     return (
         f"{body} In homes it had never seen it reached the goal in <b>{success.mean:.0%}</b> of "
@@ -153,11 +155,12 @@ def _tile(name: str, value: str, more: str) -> str:
 
 
 def _tiles(main: Evaluation, records: list[dict[str, Any]]) -> str:
-    ours = next(iter(main.agents.values()))
+    agent, ours = next(iter(main.agents.items()))
+    of = "" if agent == "run" else f" of {agent}"
     tiles = []
     for name, label in (("success", "success"), ("spl", "SPL")):
         value = ours[name]
-        tiles.append(_tile(label, f"{value.mean:.2f}", f"95 %: {value.low:.2f} – {value.high:.2f}"))
+        tiles.append(_tile(label + of, f"{value.mean:.2f}", f"95 %: {value.low:.2f} – {value.high:.2f}"))
     if records:
         seconds = max((_number(record.get("time/trained_seconds")) for record in records), default=0.0)
         frames = records[-1]["frames"]
@@ -339,7 +342,7 @@ def _settings(config: TrainConfig) -> str:
 def _provenance(run: Run, config: TrainConfig, main: Evaluation | None) -> str:
     commands = [reproduce_command(config)]
     if main is not None:
-        commands.append(main.summary.get("command", f"navagent evaluate {shlex.quote(str(run.path))}"))
+        commands.append(str(main.summary["command"]))
     rows = {"seed": config.seed, **run.versions}
     if main is not None:
         rows |= {

@@ -1,0 +1,149 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode
+
+from envs.simulators.base import AgentSpec
+from envs.task import PointNavConfig
+from navagent.evaluation.agents import (
+    BASELINES,
+    ExpertAgent,
+    ForwardAgent,
+    GoalAgent,
+    PolicyAgent,
+    RandomAgent,
+)
+from navagent.evaluation.evaluate import evaluate_agent, spread
+
+
+def test_every_episode_is_evaluated_once_and_in_order(flat_env, make_episode):
+    episodes = [make_episode(n, goal=(0.0, 0.0, -1.0 - 0.25 * n)) for n in range(11)]
+    for num_envs in (1, 4, 11, 16):
+        results = evaluate_agent(flat_env(episodes, num_envs), ExpertAgent())
+        assert [result.episode_id for result in results] == [str(n) for n in range(11)]
+        assert [result.geodesic_distance for result in results] == [1.0 + 0.25 * n for n in range(11)]
+
+
+def test_straight_ahead_has_the_measures_of_a_straight_path(flat_env, make_episode):
+    """Eight moves of 0.25 m reach a goal 2 m ahead, the last one just not: stop is called at 0 m, after 8."""
+    (result,) = evaluate_agent(flat_env([make_episode(0)]), ForwardAgent())
+    assert result.success
+    assert result.spl == pytest.approx(1.0)
+    assert result.path_length == pytest.approx(2.0)
+    assert result.steps == 9
+    assert result.collisions == 0
+    assert result.distance_to_goal == pytest.approx(0.0, abs=1e-6)
+    assert result.reward == pytest.approx(2.0 + 2.5 - 9 * 0.01, abs=1e-5)
+
+
+def test_tracks_hold_every_pose_from_the_start_to_the_end(flat_env, make_episode):
+    episodes = [make_episode(n, goal=(0.0, 0.0, -1.0 - 0.5 * n), yaw=math.pi / 2) for n in range(7)]
+    for result in evaluate_agent(flat_env(episodes, 3), ExpertAgent()):
+        assert result.positions.shape == (result.steps + 1, 3)
+        assert result.yaws.shape == (result.steps + 1,)
+        assert result.positions[0].tolist() == list(result.start)
+        assert result.yaws[0] == pytest.approx(math.pi / 2)
+        moved = np.linalg.norm(np.diff(result.positions, axis=0), axis=1)
+        assert moved.sum() == pytest.approx(result.path_length, abs=1e-4)
+        assert np.linalg.norm(result.positions[-1] - result.goal) == pytest.approx(
+            result.distance_to_goal, abs=1e-5
+        )
+
+
+def test_results_do_not_depend_on_the_size_of_the_batch(flat_env, make_episode):
+    rng = np.random.default_rng(0)
+    goals = [(float(x), 0.0, float(z)) for x, z in rng.uniform(-4, 4, (9, 2))]
+    episodes = [make_episode(n, goal=goal, yaw=float(n)) for n, goal in enumerate(goals)]
+    assert evaluate_agent(flat_env(episodes, 2), GoalAgent()) == evaluate_agent(
+        flat_env(episodes, 9), GoalAgent()
+    )
+
+
+def test_an_episode_that_is_not_finished_ends_at_the_limit(flat_env, make_episode):
+    (result,) = evaluate_agent(flat_env([make_episode(0, goal=(4.0, 0.0, 0.0))]), ForwardAgent())
+    assert not result.success
+    assert result.spl == 0.0
+    assert result.steps == 40
+    assert result.collisions == 20
+
+
+def test_progress_is_told_up_to_the_last_episode(flat_env, make_episode):
+    told = []
+    env = flat_env([make_episode(n) for n in range(5)], 2)
+    evaluate_agent(env, ExpertAgent(), progress=lambda done, total: told.append((done, total)))
+    assert told[-1] == (5, 5)
+    assert told == sorted(told)
+
+
+def test_random_actions_depend_on_the_seed_alone(flat_env, make_episode):
+    env = flat_env([make_episode(n, goal=(3.0, 0.0, 3.0)) for n in range(4)], 2)
+    before = torch.get_rng_state()
+    first = evaluate_agent(env, RandomAgent(), seed=1)
+    assert evaluate_agent(env, RandomAgent(), seed=1) == first
+    assert evaluate_agent(env, RandomAgent(), seed=2) != first
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("changes", [{"autoreset_mode": AutoresetMode.SAME_STEP}, {"mode": "endless"}])
+def test_an_environment_that_would_repeat_or_hide_episodes_is_refused(flat_env, make_episode, changes):
+    with pytest.raises(ValueError, match="mode 'once' and next-step autoreset"):
+        evaluate_agent(flat_env([make_episode(0)], **changes), ExpertAgent())
+
+
+@pytest.mark.parametrize("name", sorted(BASELINES))
+@pytest.mark.parametrize("stop", ["called", "automatic"])
+def test_every_baseline_acts_with_and_without_a_stop_action(flat_env, make_episode, name, stop):
+    config = PointNavConfig(max_steps=60, stop=stop)
+    episodes = [make_episode(n, yaw=1.0 * n) for n in range(3)]
+    results = evaluate_agent(flat_env(episodes, 2, config), BASELINES[name]())
+    assert [result.agent for result in results] == [name] * 3
+    if name in ("goal", "expert"):
+        assert all(result.success for result in results)
+
+
+def test_goal_agent_does_not_swing_across_the_goal_with_wide_turns(flat_env, make_episode):
+    env = flat_env([make_episode(0, yaw=0.27)], 1, agent=AgentSpec(turn_angle_deg=30.0))
+    (result,) = evaluate_agent(env, GoalAgent())
+    assert result.success
+
+
+def test_random_agent_moves_in_all_ways_and_stops_only_at_the_goal(flat_env, make_episode):
+    env = flat_env([make_episode(0, goal=(4.0, 0.0, 4.0))], 1, PointNavConfig(max_steps=400))
+    (result,) = evaluate_agent(env, RandomAgent())
+    assert result.steps == 400 or result.success
+    turns = np.sign(np.round(np.diff(result.yaws), 6))
+    shares = [(turns == way).mean() for way in (-1, 0, 1)]
+    assert shares == pytest.approx([1 / 3] * 3, abs=0.08)
+
+
+class MemoryPolicy:
+    """Counts the steps of an episode in its memory and stops at the ninth; walks straight before."""
+
+    def set_training_mode(self, mode):
+        self.mode = mode
+
+    def initial_memory(self, num_agents):
+        return torch.full((num_agents, 1), 100.0)
+
+    def act(self, observations, memory, episode_starts, deterministic):
+        memory = torch.where(episode_starts[:, None], 0.0, memory) + 1
+        actions = torch.where(memory[:, 0] >= 9, 0, 1)
+        return actions, None, None, memory, {}, None
+
+
+def test_a_policys_memory_starts_anew_with_each_episode(flat_env, make_episode):
+    policy = MemoryPolicy()
+    results = evaluate_agent(flat_env([make_episode(n) for n in range(7)], 2), PolicyAgent(policy))
+    assert [result.steps for result in results] == [9] * 7
+    assert all(result.success for result in results)
+    assert policy.mode is False
+
+
+def test_spread_takes_evenly_from_the_scenes(make_episode):
+    episodes = [make_episode(n, scene=scene) for scene in "aab" for n in range(4)]
+    episodes = [make_episode(n, scene="abc"[n // 4]) for n in range(12)]
+    chosen = spread(episodes, 5)
+    assert [episode.episode_id for episode in chosen] == ["0", "1", "4", "5", "8"]
+    assert spread(episodes, 99) == episodes

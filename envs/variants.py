@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import get_args
 
 from envs.noise import NoiseConfig
-from envs.simulators.base import AgentSpec, SensorSpec
+from envs.simulators.base import AgentSpec, SensorKind, SensorSpec
 from envs.task import PointNavConfig
 
 
@@ -35,7 +36,7 @@ class Variant:
     depth_range: tuple[float, float] = (0.0, 10.0)
     """Depths that map to 0 and 1 [m]."""
 
-    def cameras(self, kinds: Sequence[str]) -> tuple[SensorSpec, ...]:
+    def cameras(self, names: Sequence[str]) -> tuple[SensorSpec, ...]:
         """Cameras for those of the names that are kinds of camera, each named after its kind."""
         return tuple(
             SensorSpec(
@@ -47,8 +48,8 @@ class Variant:
                 sensor_height=self.sensor_height,
                 pitch_deg=self.pitch_deg,
             )
-            for kind in kinds
-            if kind in ("rgb", "depth", "normals", "instance")
+            for kind in get_args(SensorKind)
+            if kind in names
         )
 
 

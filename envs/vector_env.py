@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -126,9 +127,10 @@ class PointNavVectorEnv(VectorEnv[Observations, Any, Any]):
         self._episode = np.full(self.num_envs, NO_EPISODE, dtype=np.int64)
         self._ended = np.zeros(self.num_envs, dtype=bool)  # ended and not yet reset (next-step, disabled)
         episodes = sampler.episodes
-        self._starts = torch.tensor([episode.start_position for episode in episodes], device=device)
-        self._yaws = torch.tensor([episode.start_yaw for episode in episodes], device=device)
-        self._goals = torch.tensor([episode.goal_position for episode in episodes], device=device)
+        values = partial(torch.tensor, dtype=torch.float32, device=device)
+        self._starts = values([episode.start_position for episode in episodes])
+        self._yaws = values([episode.start_yaw for episode in episodes])
+        self._goals = values([episode.goal_position for episode in episodes])
         self._load_scenes()
 
     # Gymnasium's interface ------------------------------------------------------------------------------

@@ -131,6 +131,14 @@ def _outside(normal: wp.vec3, center: wp.vec3, half: wp.vec3) -> bool:
 
 
 @wp.func
+def _project(place: float, per_depth_positive: float, per_depth_negative: float) -> float:
+    """Place over depth, where the depth to take depends on the place's sign."""
+    if place > 0.0:
+        return place * per_depth_positive
+    return place * per_depth_negative
+
+
+@wp.func
 def _first_pixel(place: float) -> int:
     """First pixel whose centre is not before a place in the image, and a hundredth more against rounding."""
     return int(wp.clamp(place + 0.49, 0.0, 1.0e6))
@@ -173,6 +181,7 @@ def cast(
 
     half_width = 0.5 * float(camera.width)
     half_height = 0.5 * float(camera.height)
+    focal = 1.0 / camera.step
     axes = _camera_axes(camera, views.heading[agent])
     right = axes[0]
     up = axes[1]
@@ -213,6 +222,21 @@ def cast(
         )
         middle = -wp.dot(back, center)
         reach = wp.dot(wp.abs(back), half)
+        # Boxes of a few pixels often lie between the pixels' centres, large ones never.
+        if visible and middle - reach > NEAR and wp.max(half) * focal < 3.0 * middle:
+            per_near = 1.0 / (middle - reach)
+            per_far = 1.0 / (middle + reach)
+            across = wp.dot(right, center)
+            across_reach = wp.dot(wp.abs(right), half)
+            left_end = _project(across - across_reach, per_far, per_near) * focal + half_width
+            right_end = _project(across + across_reach, per_near, per_far) * focal + half_width
+            along = -wp.dot(up, center)
+            along_reach = wp.dot(wp.abs(up), half)
+            top_end = _project(along - along_reach, per_far, per_near) * focal + half_height
+            bottom_end = _project(along + along_reach, per_near, per_far) * focal + half_height
+            visible = wp.max(_first_pixel(left_end), x_first) < wp.min(
+                _end_pixel(right_end), x_end
+            ) and wp.max(_first_pixel(top_end), y_first) < wp.min(_end_pixel(bottom_end), y_end)
         if visible and middle - reach < far and middle + reach > 0.0:
             if node.count == 0:
                 left = data.nodes[node.first]
@@ -235,17 +259,11 @@ def cast(
                     normal = wp.cross(b - a, c - a)
                     plane = wp.dot(normal, a)
                     if plane < 0.0:
-                        # Values at the point (x, y, -1) of the image plane: dot with that.
-                        edge_a = wp.cross(c - b, c + b)
-                        edge_b = wp.cross(a - c, a + c)
-                        edge_c = wp.cross(b - a, b + a)
-                        per_plane = 1.0 / plane
                         x0 = x_first
                         x1 = x_end
                         y0 = y_first
                         y1 = y_end
                         if wp.max(a[2], wp.max(b[2], c[2])) < -NEAR:
-                            focal = 1.0 / camera.step
                             ax = -a[0] / a[2]
                             bx = -b[0] / b[2]
                             cx = -c[0] / c[2]
@@ -256,29 +274,35 @@ def cast(
                             x1 = wp.min(x1, _end_pixel(wp.max(ax, wp.max(bx, cx)) * focal + half_width))
                             y0 = wp.max(y0, _first_pixel(wp.min(ay, wp.min(by, cy)) * focal + half_height))
                             y1 = wp.min(y1, _end_pixel(wp.max(ay, wp.max(by, cy)) * focal + half_height))
-                        # From the block's corner, not the triangle's: shared edges must round alike.
-                        image_x = (float(x_first) + 0.5 - half_width) * camera.step
-                        a_step = edge_a[0] * camera.step
-                        b_step = edge_b[0] * camera.step
-                        c_step = edge_c[0] * camera.step
-                        w_step = normal[0] * per_plane * camera.step
-                        for y in range(y0, y1):
-                            image_y = (half_height - float(y) - 0.5) * camera.step
-                            a_row = edge_a[0] * image_x + edge_a[1] * image_y - edge_a[2]
-                            b_row = edge_b[0] * image_x + edge_b[1] * image_y - edge_b[2]
-                            c_row = edge_c[0] * image_x + edge_c[1] * image_y - edge_c[2]
-                            w_row = (normal[0] * image_x + normal[1] * image_y - normal[2]) * per_plane
-                            pixel = base + y * camera.width
-                            for x in range(x0, x1):
-                                k = float(x - x_first)
-                                inside = wp.min(
-                                    wp.min(a_row + k * a_step, b_row + k * b_step), c_row + k * c_step
-                                )
-                                w = w_row + k * w_step
-                                if inside >= 0.0 and w > inverse_depth[pixel + x] and w < 1.0 / NEAR:
-                                    inverse_depth[pixel + x] = w
-                                    hit_face[pixel + x] = face
-                                    changed = bool(True)
+                        if x0 < x1 and y0 < y1:
+                            # Values at the point (x, y, -1) of the image plane: dot with that.
+                            edge_a = wp.cross(c - b, c + b)
+                            edge_b = wp.cross(a - c, a + c)
+                            edge_c = wp.cross(b - a, b + a)
+                            per_plane = 1.0 / plane
+                            # From the block's corner, not the triangle's: shared edges must round alike.
+                            image_x = (float(x_first) + 0.5 - half_width) * camera.step
+                            a_step = edge_a[0] * camera.step
+                            b_step = edge_b[0] * camera.step
+                            c_step = edge_c[0] * camera.step
+                            w_step = normal[0] * per_plane * camera.step
+                            for y in range(y0, y1):
+                                image_y = (half_height - float(y) - 0.5) * camera.step
+                                a_row = edge_a[0] * image_x + edge_a[1] * image_y - edge_a[2]
+                                b_row = edge_b[0] * image_x + edge_b[1] * image_y - edge_b[2]
+                                c_row = edge_c[0] * image_x + edge_c[1] * image_y - edge_c[2]
+                                w_row = (normal[0] * image_x + normal[1] * image_y - normal[2]) * per_plane
+                                pixel = base + y * camera.width
+                                for x in range(x0, x1):
+                                    k = float(x - x_first)
+                                    inside = wp.min(
+                                        wp.min(a_row + k * a_step, b_row + k * b_step), c_row + k * c_step
+                                    )
+                                    w = w_row + k * w_step
+                                    if inside >= 0.0 and w > inverse_depth[pixel + x] and w < 1.0 / NEAR:
+                                        inverse_depth[pixel + x] = w
+                                        hit_face[pixel + x] = face
+                                        changed = bool(True)
                 if changed:
                     least = float(1.0 / NEAR)
                     for y in range(y_first, y_end):

@@ -240,8 +240,11 @@ PRETRAIN_OPTIONS: tuple[tuple[str, type, Any, str], ...] = (
     ("train_frames", int, 10000, "frames rendered in train homes"),
     ("val_frames", int, 2000, "frames rendered in unseen homes"),
     ("learning_rate", float, 2e-3, "peak learning rate"),
+    ("weight_decay", float, 2e-6, "weight decay"),
     ("height", int, 64, "image rows"),
     ("width", int, 64, "image columns"),
+    ("hfov_deg", float, 90.0, "horizontal field of view [deg]"),
+    ("sensor_height", float, 1.25, "height of the camera above the floor [m]"),
     ("seed", int, 0, "seed of viewpoints, initial weights and batches"),
     ("device", str, "cpu", "cpu or cuda"),
 )

@@ -1,11 +1,15 @@
+import dataclasses
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import cv2
 import pytest
 
-from navagent.cli import VERBS
+from navagent.cli import PRETRAIN_OPTIONS, VERBS
+from navagent.learning.pretrain import PretrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -69,13 +73,20 @@ def test_version_is_the_distributions(tmp_path):
         (["evaluate", "no-such-run"], "no-such-run"),
         (["evaluate", "x", "--episode", "3"], "did you mean --episodes?"),
         (["evaluate", "x", "--episodes", "three"], "invalid int value: 'three'"),
+        (["scenes", "genrate"], "did you mean 'generate'?"),
+        (["scenes", "generate"], "required: OUT"),
+        (["scenes", "generate", "--num", "1", "out"], "at least 2 homes"),
+        (["scenes", "show", "no.glb"], "no.glb"),
+        (["reference", "no-folder"], "no-folder"),
+        (["pretrain", "out", "--task", "normal"], "task 'normal': expected one of"),
+        (["pretrain"], "required: OUT"),
     ],
 )
 def test_bad_input_is_one_message_and_status_2(arguments, message, tmp_path):
     answer = navagent(*arguments, cwd=tmp_path)
     assert answer.returncode == 2
     assert message in answer.stderr
-    assert answer.stderr.startswith("navagent: ")
+    assert answer.stderr.startswith("navagent")
     assert "Traceback" not in answer.stderr
     assert answer.stdout == ""
     assert not list(tmp_path.iterdir())
@@ -147,3 +158,35 @@ def test_interrupt_is_status_130(monkeypatch, capsys):
     monkeypatch.setitem(cli.VERBS, "train", (interrupted, ""))
     assert cli.main(["train"]) == 130
     assert capsys.readouterr().err == "stopped\n"
+
+
+def test_options_of_pretrain_are_its_settings_with_their_defaults():
+    fields = {field.name: field.default for field in dataclasses.fields(PretrainConfig)}
+    del fields["dataset"], fields["out"]
+    assert {name: default for name, _, default, _ in PRETRAIN_OPTIONS} == fields
+
+
+def test_scenes_are_generated_and_shown(tmp_path):
+    small = ["--num", "2", "--train-episodes", "2", "--val-episodes", "2"]
+    answer = navagent("scenes", "generate", *small, "homes", cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    (scene,) = (tmp_path / "homes" / "scenes" / "home_000").glob("*.glb")
+    answer = navagent("scenes", "show", str(scene), "--views", "2", cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout == "home_000.png\n"
+    assert cv2.imread(str(tmp_path / "home_000.png")).std() > 5
+
+
+def test_a_warning_is_one_line_and_told_once(capsys, monkeypatch):
+    from navagent import cli
+
+    def warned(arguments):
+        for _ in range(3):
+            warnings.warn("the mesh is old", stacklevel=1)
+        return 0
+
+    monkeypatch.setitem(cli.VERBS, "train", (warned, ""))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert cli.main(["train"]) == 0
+    assert capsys.readouterr().err == "navagent: warning: the mesh is old\n"

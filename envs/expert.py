@@ -69,19 +69,20 @@ class ShortestPathFollower:
 
     def _turns(self, scene: Tensor, position: Tensor, yaw: Tensor, goal: Tensor, distance: Tensor) -> Tensor:
         """How many turns to the left should come before the next move forward: (M,) int64."""
-        turns = torch.round(self._bearing(scene, position, yaw, goal) / self._turn).long()
-        # While the way ahead is still further round than what is tried out, the next action is clear.
-        rows = torch.nonzero(turns.abs() <= _SIDEWAYS).squeeze(1)
+        bearing = torch.round(self._bearing(scene, position, yaw, goal) / self._turn).long()
+        # The directions tried are the same whichever way the agent faces, so that it never turns to and fro.
+        tried = bearing[:, None] + torch.arange(-_SIDEWAYS, _SIDEWAYS + 1, device=bearing.device)
+        turns, gain = self._best(tried, scene, position, yaw, goal, distance)
+        rows = torch.nonzero(gain < _ENOUGH * self.agent.forward_step).squeeze(1)
         if rows.numel():
-            tried = turns[rows, None] + torch.arange(-_SIDEWAYS, _SIDEWAYS + 1, device=turns.device)
-            best, gain = self._best(tried, scene[rows], position[rows], yaw[rows], goal[rows], distance[rows])
-            turns[rows] = best
-            rows = rows[gain < _ENOUGH * self.agent.forward_step]
-        if rows.numel():
-            around = torch.arange(-self._half_circle, self._half_circle + 1, device=turns.device)
-            tried = around.expand(rows.numel(), -1)
+            around = torch.arange(-self._half_circle, self._half_circle + 1, device=bearing.device)
             turns[rows], _ = self._best(
-                tried, scene[rows], position[rows], yaw[rows], goal[rows], distance[rows]
+                around.expand(rows.numel(), -1),
+                scene[rows],
+                position[rows],
+                yaw[rows],
+                goal[rows],
+                distance[rows],
             )
         return turns
 

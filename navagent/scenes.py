@@ -201,9 +201,10 @@ def _viewpoints(paths: PathQueries, count: int, seed: int) -> tuple[Any, Any]:
     scene = torch.zeros(len(starts), dtype=torch.int64, device=paths.device)
     ends = paths.try_step(scene, starts, starts + 5.0 * ahead.repeat(len(points), 1), False)
     free = (ends - starts).norm(dim=1).view(-1, turns)
-    worth = sum(
-        weight * free.roll(shift, 1) for shift, weight in ((0, 1.0), (1, 0.8), (-1, 0.8), (2, 0.4), (-2, 0.4))
-    )
+    # Capped, because one long way through a door shows less than a room's whole width.
+    free = free.clamp(max=3.0).sqrt()
+    weights = ((0, 1.0), (1, 1.0), (-1, 1.0), (2, 0.8), (-2, 0.8))
+    worth = sum((weight * free.roll(shift, 1) for shift, weight in weights), torch.zeros_like(free)) ** 2
     best, facing = worth.max(dim=1)
     chosen = [int(best.argmax())]
     gap = (points - points[chosen[0]]).norm(dim=1)
@@ -253,6 +254,8 @@ def _contact_sheet(title: str, overview: _Overview) -> NDArray[np.uint8]:
 
 def _maps(overview: _Overview, height: int) -> list[NDArray[Any]]:
     """A map of every floor with the viewpoints on it, together about ``height`` pixels high."""
+    import cv2
+
     from envs.scenes.maps import floor_heights, top_down_map
 
     floors = floor_heights(overview.navmesh) or [float(overview.position[0, 1])]
@@ -260,12 +263,13 @@ def _maps(overview: _Overview, height: int) -> list[NDArray[Any]]:
     maps: list[NDArray[Any]] = []
     for number, level in enumerate(floors):
         picture = top_down_map(overview.navmesh, level, size)
-        plan = picture.image.copy()
+        plan: NDArray[Any] = picture.image.copy()
         for index, (position, yaw) in enumerate(zip(overview.position, overview.yaw, strict=True)):
             if abs(position[1] - level) < 1.0:
                 _mark(plan, picture.world_to_pixel(position), float(yaw), index + 1)
         if len(floors) > 1:
-            _write(plan, f"floor {number + 1}", (6, 16), 0.45, _FAINT, 1)
+            plan = cv2.copyMakeBorder(plan, 22, 0, 0, 0, cv2.BORDER_CONSTANT, value=_PAPER)
+            _write(plan, f"floor {number + 1}", (0, 14), 0.45, _FAINT, 1)
         maps.append(plan)
     return maps
 

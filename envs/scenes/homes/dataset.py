@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -187,10 +188,10 @@ def _write_missing(
             yield index
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
-        futures = {pool.submit(write_home, partial, spec, index): index for index in missing}
+    # Ctrl-C reaches every process of a terminal; the first one alone answers to it, and ends the others.
+    deaf = (signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=signal.signal, initargs=deaf) as pool:
+        futures = {pool.submit(_work, partial, spec, index): index for index in missing}
         try:
             for future in as_completed(futures):
                 future.result()
@@ -198,6 +199,12 @@ def _write_missing(
         finally:
             for future in futures:
                 future.cancel()
+
+
+def _work(folder: Path, spec: HomesSpec, index: int) -> None:
+    """Writes a home in a process of its own, on one thread."""
+    torch.set_num_threads(1)
+    write_home(folder, spec, index)
 
 
 def write_home(folder: str | Path, spec: HomesSpec, index: int) -> None:

@@ -278,6 +278,17 @@ def test_the_same_data_set_is_reused_and_anything_else_refused(folder, tmp_path)
         write_homes(tmp_path / "copy", SMALL)
 
 
+def test_worker_processes_write_the_same_files(folder, tmp_path):
+    spec = HomesSpec(num=6, seed=3, train_episodes=12, val_episodes=6)
+    seen = []
+    out = write_homes(tmp_path / "set", spec, num_workers=2, on_home=lambda done, of: seen.append((done, of)))
+    assert seen == [(k, 6) for k in range(1, 7)]
+    one, two = files(folder), files(out)
+    same = [name for name in one if name != "dataset.json" and "config" not in name]
+    assert len(same) > 15
+    assert all(one[name] == two[name] for name in same)
+
+
 def test_more_homes_begin_with_the_same_ones():
     few, many = HomesSpec(num=10), HomesSpec(num=40)
     assert [few.size(k) for k in range(10)] == [many.size(k) for k in range(10)]

@@ -32,9 +32,10 @@ class ImitationConfig:
     """Whether expert or learner is drawn to act for a whole episode, or anew at every step."""
     inflection_weight: float = 2.0
     """Weight of a step at which the expert's action differs from the one before; others weigh 1."""
-    expert_stops: bool = True
-    """Whether the learner's STOP is carried out only where the expert would stop too. A beginner would
-    otherwise end its episodes before it has seen anything."""
+    guard_fraction: float = 0.8
+    """Share of ``frames`` during which the learner's STOP is carried out only where the expert would stop too.
+    A beginner would otherwise end its episodes before it has seen anything; after that, the critic learns what
+    the learner's own stops are worth."""
     anchor_coef: float = 0.0
     """Weight in PPO's loss of the divergence from the imitated policy, when PPO takes over."""
     anchor_frames: int = 0
@@ -43,8 +44,9 @@ class ImitationConfig:
     def __post_init__(self) -> None:
         if self.mixing not in ("episode", "step"):
             raise ValueError(f"imitation mixing {self.mixing!r} is not one of episode, step")
-        if not 0.0 <= self.mixing_fraction <= 1.0:
-            raise ValueError(f"imitation mixing_fraction {self.mixing_fraction} must lie between 0 and 1")
+        for name in ("mixing_fraction", "guard_fraction"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"imitation {name} {getattr(self, name)} must lie between 0 and 1")
         if self.frames < 0 or self.anchor_frames < 0:
             raise ValueError(
                 f"imitation frames {self.frames} and anchor_frames {self.anchor_frames} must not be negative"
@@ -85,7 +87,8 @@ class ExpertMixture:
         redraw = episode_starts.cpu() if self.config.mixing == "episode" else torch.ones_like(drawn)
         self.expert_acts = torch.where(redraw, drawn, self.expert_acts)
         chosen = torch.where(self.expert_acts.to(actions.device), expert, actions)
-        if self.stop_action is not None and self.config.expert_stops:
+        guarded = frames < self.config.guard_fraction * self.config.frames
+        if self.stop_action is not None and guarded:
             too_early = (chosen == self.stop_action) & (expert != self.stop_action)
             chosen = torch.where(too_early, expert, chosen)
         return chosen

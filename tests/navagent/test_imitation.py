@@ -47,13 +47,14 @@ def test_by_episode_the_draw_lasts_until_the_episode_ends():
     )
 
 
-def test_the_learner_stops_only_where_the_expert_would():
+def test_at_first_the_learner_stops_only_where_the_expert_would():
     learner, expert = torch.tensor([0, 0, 3]), torch.tensor([1, 0, 0])
     starts = torch.ones(3, dtype=torch.bool)
-    assert mixture(3).choose(learner, expert, starts, 99).tolist() == [1, 0, 3]
-    assert mixture(3, expert_stops=False).choose(learner, expert, starts, 99).tolist() == [0, 0, 3]
+    assert mixture(3).choose(learner, expert, starts, 79).tolist() == [1, 0, 3]
+    # Near the end of imitation it stops as it likes.
+    assert mixture(3).choose(learner, expert, starts, 80).tolist() == [0, 0, 3]
     # With automatic stopping, action 0 is a move like the others.
-    assert mixture(3, stop_action=None).choose(learner, expert, starts, 99).tolist() == [0, 0, 3]
+    assert mixture(3, stop_action=None).choose(learner, expert, starts, 79).tolist() == [0, 0, 3]
 
 
 def test_inflections_are_changes_of_the_experts_action_within_an_episode():

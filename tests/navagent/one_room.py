@@ -1,0 +1,44 @@
+"""A data set of one empty room with walls of four colours, for tests that train in the real simulator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import trimesh
+
+from envs.episodes import generate_episodes, write_dataset
+from envs.scenes.navmesh import write_navmesh
+from envs.scenes.navmesh_build import navmesh_for
+from envs.scenes.pathfinder import PathFinder
+from envs.simulators.base import AgentSpec
+
+WALL_COLOURS = ((200, 40, 40), (50, 70, 200), (40, 160, 60), (210, 190, 40))
+
+
+def write_one_room(folder: Path, size: float = 4.0, num_train: int = 200, num_val: int = 20) -> Path:
+    """Writes scene and episodes in the layout of generated data sets; returns the folder."""
+    scene = folder / "scenes" / "room" / "room.glb"
+    scene.parent.mkdir(parents=True)
+    half, height = size / 2, 2.5
+    # The file's up is +Z, as of scenes without a stage configuration.
+    quads = [([[-half, -half, 0], [half, -half, 0], [half, half, 0], [-half, half, 0]], (150, 120, 90))]
+    for turn, colour in enumerate(WALL_COLOURS):
+        corners = np.array([[half, half, 0], [half, -half, 0], [half, -half, height], [half, half, height]])
+        angle = turn * np.pi / 2
+        rotation = [[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]]
+        quads.append((corners @ np.transpose(rotation), colour))
+    pieces = [
+        trimesh.Trimesh(corners, [[0, 1, 2], [0, 2, 3]], vertex_colors=[(*colour, 255)] * 4, process=False)
+        for corners, colour in quads
+    ]
+    trimesh.Scene(pieces).export(scene)
+    navmesh = navmesh_for(scene, AgentSpec(), cache_dir=folder / "cache")
+    write_navmesh(navmesh, scene.with_suffix(".navmesh"))
+    for seed, (split, count) in enumerate({"train": num_train, "val": num_val}.items()):
+        # In an empty room every path is straight.
+        episodes = generate_episodes(
+            PathFinder([navmesh]), 0, "scenes/room/room.glb", count, seed, straight_ratio=0.0
+        )
+        write_dataset(episodes, folder / "episodes" / split / f"{split}.json.gz")
+    return folder

@@ -1,0 +1,211 @@
+import io
+import json
+import os
+import shutil
+import signal
+
+import pytest
+from one_room import write_one_room
+from rich.console import Console
+
+from navagent.config import ConfigError, load_config
+from navagent.progress import duration, measures_line
+from navagent.runs import CheckpointError, Run, RunError
+from navagent.train import Trainer, train
+
+FRAMES = 6 * 32
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory):
+    return write_one_room(tmp_path_factory.mktemp("room"), num_train=60, num_val=8)
+
+
+def settings(room, path, *overrides):
+    return load_config(
+        [
+            f"scenes.dataset={room}",
+            f"run_dir={path}",
+            "encoder.weights=random",
+            "sensors.height=16",
+            "sensors.width=16",
+            "memory.hidden_size=16",
+            "encoder.image_features=16",
+            "env.max_steps=12",
+            f"algorithm.total_frames={FRAMES}",
+            "algorithm.num_envs=4",
+            "algorithm.num_steps=8",
+            "algorithm.num_minibatches=2",
+            "algorithm.imitation_frames=64",
+            "algorithm.anchor_coef=0.1",
+            "algorithm.anchor_frames=1000",
+            "algorithm.curriculum_fraction=1.0",
+            "algorithm.curriculum_end=4",
+            "algorithm.curriculum_start=1.5",
+            "evaluation.every_frames=96",
+            "evaluation.num_episodes=4",
+            "evaluation.num_envs=2",
+            "evaluation.final_episodes=0",
+            *overrides,
+        ]
+    )
+
+
+def silent():
+    return Console(file=io.StringIO())
+
+
+def interrupt_after(monkeypatch, updates, number=signal.SIGINT):
+    """Sends this process a signal while the given update's rollout ends."""
+    seen = []
+    original = Trainer._on_rollout_end
+
+    def hook(self):
+        seen.append(self)
+        if len(seen) == updates:
+            os.kill(os.getpid(), number)
+        original(self)
+
+    monkeypatch.setattr(Trainer, "_on_rollout_end", hook)
+
+
+def numbers(run):
+    """Every logged number that does not measure time."""
+    return [
+        {key: value for key, value in record.items() if not key.startswith("time/")}
+        for record in run.read_metrics()
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(room, tmp_path_factory):
+    output = silent()
+    run = train(settings(room, tmp_path_factory.mktemp("runs") / "whole"), output)
+    return run, output.file.getvalue()
+
+
+def test_a_run_leaves_a_folder_that_explains_itself(whole):
+    run, output = whole
+    for name in ("config.yaml", "versions.json", "metrics.jsonl", "curves.png", "report.html"):
+        assert (run.path / name).stat().st_size > 0, name
+    assert list(run.tensorboard_dir.glob("events.*"))
+    assert int(run.checkpoint("latest").stem) == FRAMES
+    assert (run.checkpoint_dir / "best.safetensors").is_file()
+    for words in ("learned", "frozen", "unseen", "192 frames (64 with the expert, then PPO)", str(run.path)):
+        assert words in " ".join(output.split()), words
+
+
+def test_metrics_hold_a_line_an_update_and_one_an_evaluation(whole):
+    run, _ = whole
+    records = run.read_metrics()
+    updates = [record for record in records if "train/loss" in record]
+    assert [record["frames"] for record in updates] == [32 * k for k in range(1, 7)]
+    assert [record["rollout/phase"] for record in updates] == ["imitation"] * 2 + ["ppo"] * 4
+    assert [record["frames"] for record in records if "eval/spl" in record] == [96, 192]
+    shares = [
+        value for key, value in updates[-1].items() if key.startswith("time/") and key.endswith("_share")
+    ]
+    assert sum(shares) == pytest.approx(1.0)
+    assert updates[0]["rollout/max_geodesic"] == 1.5
+    assert updates[-1]["rollout/max_geodesic"] > 3.0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("updates", [1, 4], ids=["while imitating", "in ppo"])
+def test_stopped_and_resumed_gives_the_same_numbers_as_uninterrupted(
+    whole, room, tmp_path, monkeypatch, updates, number
+):
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, updates, number)
+        output = silent()
+        stopped = train(settings(room, tmp_path / "stopped"), output)
+    assert stopped.read_metrics()[-1]["frames"] == 32 * updates
+    text = " ".join(output.file.getvalue().split())
+    assert f"navagent train resume={stopped.path}" in text
+    resumed = train(load_config([f"resume={stopped.path}"]), silent())
+    assert numbers(resumed) == numbers(whole[0])
+
+
+def test_work_after_the_last_checkpoint_is_taken_back_and_done_again(whole, room, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(whole[0].path, copy)
+    run = Run(copy)
+    # As after a crash: the newest checkpoint is older than the newest metrics, whose last line is cut short.
+    run.checkpoint("latest").unlink()
+    with run.metrics_path.open("a") as file:
+        file.write('{"frames": 22')
+    assert int(run.checkpoint("latest").stem) == 96
+    resumed = train(load_config([f"resume={copy}"]), silent())
+    assert numbers(resumed) == numbers(whole[0])
+
+
+def test_a_second_interrupt_stops_at_once(room, tmp_path, monkeypatch):
+    original = Trainer._on_rollout_end
+
+    def hook(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        original(self)
+
+    monkeypatch.setattr(Trainer, "_on_rollout_end", hook)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings(room, tmp_path / "run"), silent())
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_finished_run_can_be_resumed_to_train_longer(whole, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(whole[0].path, copy)
+    run = train(load_config([f"resume={copy}", f"algorithm.total_frames={FRAMES + 32}"]), silent())
+    assert int(run.checkpoint("latest").stem) == FRAMES + 32
+
+
+def test_a_limit_in_minutes_ends_the_training(room, tmp_path):
+    run = train(settings(room, tmp_path / "run", "algorithm.max_minutes=1e-6"), silent())
+    assert int(run.checkpoint("latest").stem) == 32
+
+
+def test_broken_and_foreign_checkpoints_are_refused_before_training(whole, room, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(whole[0].path, copy)
+    newest = Run(copy).checkpoint("latest")
+    content = newest.read_bytes()
+    newest.write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        train(load_config([f"resume={copy}"]), silent())
+    other = train(
+        settings(room, tmp_path / "other", "memory.hidden_size=8", "algorithm.total_frames=32"), silent()
+    )
+    newest.unlink()
+    shutil.copy(other.checkpoint("latest"), newest)
+    before = (copy / "metrics.jsonl").read_text()
+    with pytest.raises(CheckpointError, match="does not fit the settings of"):
+        train(load_config([f"resume={copy}"]), silent())
+    assert (copy / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_is_never_overwritten_and_missing_splits_are_named(whole, room, tmp_path):
+    with pytest.raises(RunError, match="there is a run already"):
+        train(settings(room, whole[0].path), silent())
+    with pytest.raises(ValueError, match="'testing'"):
+        train(settings(room, tmp_path / "run", "scenes.val_split=testing"), silent())
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match="not the folder of a run"):
+        load_config([f"resume={tmp_path}"])
+
+
+def test_saved_settings_are_those_asked_for(whole):
+    from navagent.config import read_config
+
+    config = read_config(whole[0].config_path)
+    assert config.algorithm.total_frames == FRAMES
+    assert config.memory.hidden_size == 16
+    assert json.loads((whole[0].path / "versions.json").read_text())["torch"]
+
+
+def test_progress_in_words():
+    assert duration(59.6) == "1:00"
+    assert duration(3725) == "1:02:05"
+    record = {"rollout/success": 0.5, "rollout/spl": 0.25, "rollout/max_geodesic": 7.5}
+    assert measures_line(record) == "success 0.50  SPL 0.25  paths to 8 m"

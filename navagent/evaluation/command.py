@@ -258,7 +258,8 @@ def _evaluate(
 
     results: dict[str, list[EpisodeResult]] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    terminal = Console(stderr=True)
+    with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
         for contender in contenders:
             task = progress.add_task(contender.name, total=len(episodes))
             if contender.run is None:

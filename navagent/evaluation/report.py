@@ -143,7 +143,7 @@ def _lead(config: TrainConfig, records: list[dict[str, Any]], main: Evaluation |
     success = ours["success"]
     return (
         f"{body} In homes it had never seen it reached the goal in <b>{success.mean:.0%}</b> of "
-        f"{main.summary['episodes']} episodes, with an SPL of <b>{ours['spl'].mean:.2f}</b>."
+        f"{_count(main.summary['episodes'], 'episode')}, with an SPL of <b>{ours['spl'].mean:.2f}</b>."
     )
 
 
@@ -168,9 +168,15 @@ def _tiles(main: Evaluation, records: list[dict[str, Any]]) -> str:
     over = ours["success"].over_scenes
     more = f"success over homes: {over[0]:.2f} – {over[1]:.2f}" if over else ""
     tiles.append(
-        _tile("unseen homes", str(main.summary["scenes"]), more or f"{main.summary['episodes']} episodes")
+        _tile(
+            "unseen homes", str(main.summary["scenes"]), more or _count(main.summary["episodes"], "episode")
+        )
     )
     return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _count(number: Any, word: str) -> str:
+    return f"{escape(str(number))} {word}" + ("" if number == 1 else "s")
 
 
 def _span(seconds: float) -> str:
@@ -209,8 +215,8 @@ def _results(evaluation: Evaluation) -> str:
     drawn = "the most probable action" if summary["deterministic"] else "actions drawn from the policy"
     return (
         f'<section><h2>Results</h2><p class="note">'
-        f"{summary['episodes']} episodes of "
-        f"{escape(str(summary['split']))} in {summary['scenes']} homes; {drawn}; seed {summary['seed']}. "
+        f"{_count(summary['episodes'], 'episode')} of "
+        f"{escape(str(summary['split']))} in {_count(summary['scenes'], 'home')}; {drawn}; seed {summary['seed']}. "
         f"Whiskers are 95 % intervals.</p>"
         f'<div class="bars">{"".join(cells)}</div>{_table(evaluation)}{_differences(evaluation)}</section>'
     )
@@ -261,7 +267,7 @@ def _caption(result: Mapping[str, Any]) -> str:
     scene = escape(Path(str(result["scene_id"])).stem)
     return (
         f"<figcaption>{_verdict(result)}<br>{scene} · {result['geodesic_distance']:.1f} m to the goal, "
-        f"walked {result['path_length']:.1f} m in {result['steps']} steps</figcaption>"
+        f"walked {result['path_length']:.1f} m in {_count(result['steps'], 'step')}</figcaption>"
     )
 
 

@@ -398,9 +398,10 @@ def _fingerprint(config: PretrainConfig) -> str:
 
 
 def _describe(dataset: Path) -> Any:
-    """What the data set says of itself, or its name."""
+    """The settings that a data set was generated with, or the name of one that does not say."""
     about = Path(dataset) / "dataset.json"
-    return json.loads(about.read_text()) if about.is_file() else Path(dataset).name
+    settings = json.loads(about.read_text()).get("settings") if about.is_file() else None
+    return settings or Path(dataset).name
 
 
 def render_frames(config: PretrainConfig, split: str, num_frames: int, seed: int) -> Frames:

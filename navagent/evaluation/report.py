@@ -216,8 +216,8 @@ def _results(evaluation: Evaluation) -> str:
     return (
         f'<section><h2>Results</h2><p class="note">'
         f"{_count(summary['episodes'], 'episode')} of "
-        f"{escape(str(summary['split']))} in {_count(summary['scenes'], 'home')}; {drawn}; seed {summary['seed']}. "
-        f"Whiskers are 95 % intervals.</p>"
+        f"{escape(str(summary['split']))} in {_count(summary['scenes'], 'home')}; {drawn}; "
+        f"seed {escape(str(summary['seed']))}. Whiskers are 95 % intervals.</p>"
         f'<div class="bars">{"".join(cells)}</div>{_table(evaluation)}{_differences(evaluation)}</section>'
     )
 

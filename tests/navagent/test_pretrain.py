@@ -4,11 +4,14 @@ import dataclasses
 import io
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
+from envs.episodes import read_dataset, write_dataset
 from navagent.learning import pretrain as module
 from navagent.learning.pretrain import Frames, PretrainConfig, masked_l1, pretrain, render_frames
 from policies.encoders import make_encoder
@@ -148,3 +151,34 @@ def test_encoders_without_a_fitting_map_are_refused(wrong, tmp_path):
 def test_a_missing_data_set_is_named(tmp_path):
     with pytest.raises((ValueError, OSError), match="homes"):
         render_frames(config(tmp_path), "train", 4, 0)
+
+
+@pytest.mark.parametrize(("sensor", "task"), [("rgb", "normals"), ("depth", "depth")])
+def test_frames_come_from_where_agents_can_walk(sensor, task, reference_dir, tmp_path):
+    homes = tmp_path / "homes"
+    homes.mkdir()
+    for suffix in ("glb", "navmesh", "stage_config.json"):
+        shutil.copy(reference_dir / f"studio.{suffix}", homes)
+    recorded = read_dataset(reference_dir / "pointnav" / "val" / "val.json.gz")
+    # Habitat's own episodes start on the roof, too.
+    start = next(e for e in recorded if Path(e.scene_id).stem == "studio" and e.start_position[1] < 1.0)
+    episodes = [dataclasses.replace(start, scene_id="studio.glb")]
+    write_dataset(episodes, homes / "episodes" / "train" / "train.json.gz")
+    settings = config(tmp_path, sensor=sensor, task=task)
+    frames = render_frames(settings, "train", 20, 0)
+    again = render_frames(settings, "train", 20, 0)
+    assert torch.equal(frames.image, again.image)
+    assert torch.equal(frames.target, again.target)
+    hit = (frames.target != 0).any(1)
+    assert hit.float().mean() > 0.99
+    if task == "normals":
+        assert frames.image.shape == (20, 32, 32, 3)
+        lengths = frames.target.float().norm(dim=1)[hit]
+        torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=0, atol=2e-3)
+        # The camera stands upright: floors show at the bottom of the picture and no ceilings.
+        lowest = frames.target[:, 1, -1]
+        assert (lowest > 0.99).float().mean() > 0.3
+        assert not (lowest < -0.99).any()
+    else:
+        seen = frames.image[..., 0].float() * module.MAX_DEPTH
+        torch.testing.assert_close(seen, torch.expm1(frames.target[:, 0].float()), rtol=0.02, atol=0.02)

@@ -41,9 +41,13 @@ def training_device(name: str) -> torch.device:
 
 
 def set_threads(num_threads: int) -> int:
-    """Lets torch use ``num_threads`` threads, all cores where 0, and says how many that is."""
+    """Lets torch use ``num_threads`` threads and says how many that is.
+
+    0 means what ``OMP_NUM_THREADS`` says, as clusters set it, and all cores where it is not set.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = num_threads or cores
+    wished = os.environ.get("OMP_NUM_THREADS", "")
+    threads = num_threads or (int(wished) if wished.isdigit() and int(wished) > 0 else cores)
     torch.set_num_threads(threads)
     return threads
 

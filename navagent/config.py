@@ -232,7 +232,7 @@ class TrainConfig:
     seed: int = setting(0, "seed of everything that is drawn at random", at_least=0)
     device: str = setting("auto", "cpu, cuda, cuda:N, or auto: CUDA where there is one")
     num_threads: int = setting(
-        0, "threads of the simulator and of torch on the CPU; 0 is all cores", at_least=0
+        0, "threads of the simulator and of torch on the CPU; 0 is OMP_NUM_THREADS, or all cores", at_least=0
     )
     run_dir: str | None = setting(None, "folder of the run; runs/<date-time>-<adaptation>-<sensors> if null")
     resume: str | None = setting(None, "folder of a run to go on with")

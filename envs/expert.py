@@ -11,12 +11,12 @@ from envs.sensors import in_agent_frame
 from envs.simulators.base import Action, AgentSpec, PathQueries
 
 _COLLISION_COST = 0.25  # of one forward step's progress; a collision is worse than a slightly longer way
-_STUCK_COST = 2.0  # without sliding, an agent that touched a wall can hardly leave it
+_STUCK_COST = 2.0  # the same without sliding, where an agent that touched a wall can hardly leave it
 _CLOSE_COST = 0.2  # without sliding, for standing at a wall, less the farther up to _CLOSE
 _CLOSE = 0.1  # [m]
 _TURN_COST = 0.0125  # of one forward step's progress; among equal ways the one with fewer turns
 _SIDEWAYS = 2  # turns to either side of the bearing that are tried out
-_ENOUGH = 0.5  # of a step's length; a move that gains less sends the search all around
+_ENOUGH = 0.5  # of one forward step's progress; less sends the search all around
 _NEAR_CORNER = 0.05  # [m] a corner this close counts as reached
 
 
@@ -26,7 +26,8 @@ class ShortestPathFollower:
     In the manner of Habitat's ``GreedyGeodesicFollower``: a number of turns and then a move forward is tried
     out on the navigation mesh, and the one that shortens the geodesic distance most wins. Where Habitat tries
     every direction, this looks only about the bearing of the path's next corner, and all around only where
-    nothing there helps; so it labels thousands of frames a second. It keeps no state: any agent, any time.
+    nothing there helps; so it labels thousands of frames a second. Without sliding, where a touched wall
+    holds an agent fast, it looks two moves ahead, which is slower. It keeps no state: any agent, any time.
 
     Args:
         paths: queries on the resident scenes.
@@ -72,8 +73,8 @@ class ShortestPathFollower:
         bearing = torch.round(self._bearing(scene, position, yaw, goal) / self._turn).long()
         # The directions tried are the same whichever way the agent faces, so that it never turns to and fro.
         tried = bearing[:, None] + torch.arange(-_SIDEWAYS, _SIDEWAYS + 1, device=bearing.device)
-        turns, gain = self._best(tried, scene, position, yaw, goal, distance)
-        rows = torch.nonzero(gain < _ENOUGH * self.agent.forward_step).squeeze(1)
+        turns, score = self._best(tried, scene, position, yaw, goal, distance)
+        rows = torch.nonzero(score < _ENOUGH).squeeze(1)
         if rows.numel():
             around = torch.arange(-self._half_circle, self._half_circle + 1, device=bearing.device)
             turns[rows], _ = self._best(
@@ -101,25 +102,59 @@ class ShortestPathFollower:
     def _best(
         self, turns: Tensor, scene: Tensor, position: Tensor, yaw: Tensor, goal: Tensor, distance: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The best of the turns (M, K) before a move: (M,) int64, and how much nearer it leads: (M,) [m]."""
+        """The best of the turns (M, K) before a move: (M,) int64, and its score in steps won: (M,)."""
         step = self.agent.forward_step
-        count = turns.shape[1]
         heading = yaw[:, None] + turns * self._turn
-        move = (
-            torch.stack([-torch.sin(heading), torch.zeros_like(heading), -torch.cos(heading)], dim=-1) * step
-        )
-        start = position[:, None].expand_as(move).reshape(-1, 3)
-        scenes = scene.repeat_interleave(count)
-        end = self.paths.try_step(scenes, start, start + move.reshape(-1, 3), self.agent.allow_sliding)
-        collided = ((end - start).norm(dim=1) + 1e-5 < step).reshape_as(turns)
-        after = self.paths.geodesic_distance(scenes, end, goal.repeat_interleave(count, dim=0))
-        gain = distance[:, None] - after.reshape_as(heading)
-        score = gain / step - _TURN_COST * turns.abs()
+        end, after, collided = self._move(scene, position, heading, goal)
+        score = (distance[:, None] - after) / step
         if self.agent.allow_sliding:
             score -= _COLLISION_COST * collided
         else:
-            wall = self.paths.distance_to_obstacle(scenes, end, _CLOSE).reshape_as(heading)
-            cost = _STUCK_COST * collided + _CLOSE_COST * (1.0 - wall.clamp(max=_CLOSE) / _CLOSE)
-            score -= torch.where(gain > distance[:, None] - self.goal_radius, 0.0, cost)
+            onward = self._onward(scene, end, heading, goal, after)
+            cost = _STUCK_COST * collided + _CLOSE_COST * self._closeness(scene, end)
+            score = torch.where(after < self.goal_radius, score, 0.5 * (score + onward) - cost)
+        score -= _TURN_COST * turns.abs()
         chosen = score.argmax(dim=1, keepdim=True)
-        return turns.gather(1, chosen).squeeze(1), gain.gather(1, chosen).squeeze(1)
+        return turns.gather(1, chosen).squeeze(1), score.gather(1, chosen).squeeze(1)
+
+    def _onward(
+        self, scene: Tensor, start: Tensor, heading: Tensor, goal: Tensor, distance: Tensor
+    ) -> Tensor:
+        """What the best second move wins from starts (M, K, 3), in steps: (M, K); at worst one is lost.
+
+        Without sliding an agent that touches a wall can hardly leave it, so a move counts for what it leads
+        to.
+        """
+        count = heading.shape[1]
+        around = torch.arange(2 * self._half_circle, device=heading.device) * self._turn
+        _, after, collided = self._move(
+            scene.repeat_interleave(count),
+            start.flatten(0, 1),
+            heading.reshape(-1, 1) + around,
+            goal.repeat_interleave(count, dim=0),
+        )
+        gain = (distance.reshape(-1, 1) - after) / self.agent.forward_step
+        return torch.where(collided, -1.0, gain).amax(dim=1).reshape_as(heading)
+
+    def _closeness(self, scene: Tensor, points: Tensor) -> Tensor:
+        """How close points (M, K, 3) lie to a wall: (M, K), 1 at it and 0 from _CLOSE on."""
+        flat = scene.repeat_interleave(points.shape[1])
+        wall = self.paths.distance_to_obstacle(flat, points.flatten(0, 1), _CLOSE)
+        return 1.0 - wall.clamp(max=_CLOSE).reshape(points.shape[:2]) / _CLOSE
+
+    def _move(
+        self, scene: Tensor, position: Tensor, heading: Tensor, goal: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Moves forward from positions (M, 3) along each of the headings (M, K).
+
+        Returns where that ends (M, K, 3), the geodesic distance from there (M, K) and whether it collided (M,
+        K).
+        """
+        step, count = self.agent.forward_step, heading.shape[1]
+        move = torch.stack([-torch.sin(heading), torch.zeros_like(heading), -torch.cos(heading)], -1) * step
+        start = position.repeat_interleave(count, dim=0)
+        scenes = scene.repeat_interleave(count)
+        end = self.paths.try_step(scenes, start, start + move.flatten(0, 1), self.agent.allow_sliding)
+        collided = (end - start).norm(dim=1) + 1e-5 < step
+        after = self.paths.geodesic_distance(scenes, end, goal.repeat_interleave(count, dim=0))
+        return end.reshape_as(move), after.reshape_as(heading), collided.reshape_as(heading)

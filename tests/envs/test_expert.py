@@ -55,6 +55,12 @@ def test_wide_turns(follow):
     assert spl >= 0.9
 
 
+def test_without_sliding_it_keeps_off_the_walls(follow):
+    success, spl = follow("studio", num=24, allow_sliding=False)
+    assert success >= 0.98
+    assert spl >= 0.9
+
+
 def test_automatic_stop(follow):
     success, _ = follow("studio", task=PointNavConfig(stop="automatic"))
     assert success >= 0.98

@@ -392,10 +392,7 @@ class PointNavVectorEnv(VectorEnv[Observations, Any, Any]):
         if sensor.kind == "depth":
             if self.noise.depth:
                 image = redwood_depth(image, self.noise.depth, self._sensor_generator)
-            near, far = self.depth_range
-            # The image is this call's own; scaling it in place keeps a large batch in the cache.
-            image = image.sub_(near) if near else image
-            return image.mul_(1.0 / (far - near)).clamp_(0.0, 1.0)[..., None]
+            return _to_unit_range(image, *self.depth_range)[..., None]
         return image if sensor.kind == "normals" else image[..., None]
 
     # Small things ---------------------------------------------------------------------------------------
@@ -425,3 +422,17 @@ class PointNavVectorEnv(VectorEnv[Observations, Any, Any]):
         if isinstance(value, dict):
             return {name: self._out(item) for name, item in value.items()}
         return value.cpu().numpy() if self.output == "numpy" else value.to(self.simulator.device)
+
+
+def _to_unit_range(depth: Tensor, near: float, far: float) -> Tensor:
+    """Maps near..far to 0..1 and cuts off what lies outside, in place."""
+    if depth.device.type != "cpu":
+        return depth.sub_(near).mul_(1.0 / (far - near)).clamp_(0.0, 1.0)
+    # NumPy, because torch would hand half of this little work to another thread, and on a busy machine
+    # waiting for that thread takes longer than drawing the images.
+    values = depth.numpy()
+    if near:
+        values -= near
+    values *= 1.0 / (far - near)
+    np.clip(values, 0.0, 1.0, out=values)
+    return depth

@@ -273,7 +273,7 @@ def _check_built_mesh(
         settings = description["navmesh"]
         mesh = build_navmesh(
             scene.vertices,
-            scene.triangles,
+            scene.ground,
             _agent(description, True),
             cell_size=settings["cell_size"],
             cell_height=settings["cell_height"],

@@ -5,7 +5,9 @@ file states is checked before it is used, so a damaged or hostile file ends in a
 neither in a crash nor in an allocation larger than its own contents call for.
 
 What follows Habitat rather than glTF: shading is unlit, the base-colour factor and the vertex colour multiply
-the stored texture value with no sRGB conversion, and alpha is ignored.
+the stored texture value with no sRGB conversion, alpha is ignored, and every texture uses the first set of
+texture coordinates whatever ``texCoord`` says. Only what has no material at all is lit in Habitat, by light
+from all around; here it gets the colour that this light gives on average.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from envs.scenes.scene import Material, Scene, SceneError, Wrap
+from envs.scenes.scene import Filter, Material, Scene, SceneError, Wrap
 
 MAX_TRIANGLES = 1 << 25
 """Most triangles a scene may have; a small file can ask for any number by instancing one mesh."""
@@ -43,6 +45,16 @@ _COMPONENTS: dict[int, np.dtype[Any]] = {
 }
 _WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4}
 _WRAPS: dict[int, Wrap] = {10497: "repeat", 33071: "clamp", 33648: "mirror"}
+_MAGNIFY: dict[int, Filter] = {9728: "nearest", 9729: "linear"}
+_MINIFY: dict[int, tuple[Filter, Filter | None]] = {
+    9728: ("nearest", None),
+    9729: ("linear", None),
+    9984: ("nearest", "nearest"),
+    9985: ("linear", "nearest"),
+    9986: ("nearest", "linear"),
+    9987: ("linear", "linear"),
+}
+_NO_MATERIAL = Material("default", base_color=(0.49, 0.42, 0.31, 1.0))
 _READABLE_EXTENSIONS = {"KHR_texture_transform", "KHR_mesh_quantization", "KHR_texture_basisu"}
 _UV_LIMIT = 1e6
 
@@ -53,9 +65,12 @@ _Floats = npt.NDArray[np.float64]
 def load_scene(path: str | Path) -> Scene:
     """Reads a scene and turns it into the world frame.
 
-    Where ``NAME.stage_config.json`` lies beside ``NAME.glb``, its ``up``, ``front`` and ``scale`` say how;
-    otherwise the file is taken to be Z-up, ``(x, y, z) -> (x, z, -y)``, as Habitat takes it. Habitat reads
-    ``origin`` too but moves nothing by it, so neither does this; an origin other than zero gives a warning.
+    Where ``NAME.stage_config.json`` lies beside ``NAME.glb``, its ``up``, ``front`` and ``scale`` say how, +Y
+    and -Z where it leaves out ``up`` or ``front``; otherwise a ``.glb`` is taken to be Z-up,
+    ``(x, y, z) -> (x, z, -y)``, and a ``.gltf`` Y-up, all as Habitat takes them. Habitat reads ``origin`` too
+    but moves nothing by it, so neither does this; an origin other than zero gives a warning. So does a scale
+    other than one: it acts once here, on pictures and navigation mesh alike, while Habitat 0.3.3 applies it
+    twice to pictures and never to the mesh.
     Textures that are compressed for the GPU (``KHR_texture_basisu``, as in HM3D's ``.basis.glb``) cannot be
     read: the surface keeps its base-colour factor, with one warning a file. Depth, normals and instance ids
     do not suffer.
@@ -68,12 +83,13 @@ def load_scene(path: str | Path) -> Scene:
     scene = _Reader(path, document, binary).read()
     transform = _stage_transform(path)
     vertices = (scene.vertices.astype(np.float64) @ transform.T).astype(np.float32)
-    triangles = scene.triangles
+    triangles, solid = scene.triangles, scene.solid_triangles
     if np.linalg.det(transform) < 0:
+        solid = scene.ground
         triangles = np.ascontiguousarray(triangles[:, ::-1])
     if not np.isfinite(vertices).all():
         raise SceneError(f"{path}: vertices overflow in the world frame; check the stage config's scale")
-    return replace(scene, vertices=vertices, triangles=triangles)
+    return replace(scene, vertices=vertices, triangles=triangles, solid_triangles=solid)
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -132,8 +148,10 @@ def _read_container(path: Path) -> tuple[_Json, bytes | None]:
 def _stage_transform(path: Path) -> _Floats:
     """Matrix (3, 3) from the file's frame to the world's, from the stage config beside the file."""
     config_path = path.parent / (path.name.removesuffix(path.suffix) + ".stage_config.json")
-    up, front, scale = (0.0, 0.0, 1.0), (0.0, 1.0, 0.0), (1.0, 1.0, 1.0)
-    if config_path.exists():
+    up, front, scale = (0.0, 1.0, 0.0), (0.0, 0.0, -1.0), (1.0, 1.0, 1.0)
+    if not config_path.exists() and path.suffix == ".glb":
+        up, front = (0.0, 0.0, 1.0), (0.0, 1.0, 0.0)
+    elif config_path.exists():
         config = _parse_json(config_path, _read_bytes(config_path))
         up = _config_vector(config_path, config, "up", up)
         front = _config_vector(config_path, config, "front", front)
@@ -142,15 +160,62 @@ def _stage_transform(path: Path) -> _Floats:
             warnings.warn(
                 f"{config_path}: origin {config['origin']} moves nothing, as in Habitat", stacklevel=4
             )
-    y, back = np.asarray(up), -np.asarray(front)
-    lengths = np.linalg.norm(y), np.linalg.norm(back)
-    if min(lengths) < 1e-6 or abs(y @ back) > 1e-4 * lengths[0] * lengths[1]:
+    lengths = np.linalg.norm(up), np.linalg.norm(front)
+    if min(lengths) < 1e-6 or abs(np.dot(up, front)) > 1e-4 * lengths[0] * lengths[1]:
         raise SceneError(f"{config_path}: up {up} and front {front} must be non-zero and at right angles")
     if 0.0 in scale:
         raise SceneError(f"{config_path}: scale {scale} must not be 0")
-    y, back = y / lengths[0], back / lengths[1]
-    rotation = np.stack([np.cross(y, back), y, back])
+    if scale != (1.0, 1.0, 1.0):
+        warnings.warn(
+            f"{config_path}: scale {scale} acts once on pictures and navigation mesh, unlike in Habitat",
+            stacklevel=4,
+        )
+    rotation = _rotation_to_world(np.array(up, np.float32), np.array(front, np.float32))
     return np.asarray(np.diag(scale) @ rotation)
+
+
+def _rotation_to_world(up: npt.NDArray[np.float32], front: npt.NDArray[np.float32]) -> _Floats:
+    """Matrix (3, 3) that turns up to +Y and front to -Z, rounded as Habitat's.
+
+    Habitat goes from +Y to up by the shortest way, then from where -Z came to front, both by quaternions in
+    single precision. Where up is +Y and front +Z, the second turn is half a turn about X and leaves the scene
+    upside down; that is Habitat's too.
+    """
+    first = _shortest_turn(np.array([0, 1, 0], np.float32), up)
+    vector, scalar = first[:3], first[3]
+    ahead = np.array([0, 0, -1], np.float32)
+    twice = np.float32(2) * np.cross(vector, ahead)
+    ahead = ahead + scalar * twice + np.cross(vector, twice)
+    second = _shortest_turn(ahead, front)
+    turn = np.append(
+        second[3] * vector + scalar * second[:3] + np.cross(second[:3], vector),
+        second[3] * scalar - second[:3] @ vector,
+    )
+    turn = turn / np.sqrt(turn @ turn)
+    x, y, z, w = -turn[0], -turn[1], -turn[2], turn[3]  # back again
+    one, two = np.float32(1), np.float32(2)
+    return np.array(
+        [
+            [one - two * y * y - two * z * z, two * x * y - two * z * w, two * x * z + two * y * w],
+            [two * x * y + two * z * w, one - two * x * x - two * z * z, two * y * z - two * x * w],
+            [two * x * z - two * y * w, two * y * z + two * x * w, one - two * x * x - two * y * y],
+        ],
+        np.float64,
+    )
+
+
+def _shortest_turn(start: npt.NDArray[np.float32], end: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Quaternion x, y, z, w between two unit vectors, half a turn about an axis of Habitat's choice."""
+    cosine = start @ end
+    if cosine > 1 - 1e-5:
+        return np.array([0, 0, 0, 1], np.float32)
+    if cosine < 1e-5 - 1:
+        axis = np.cross(np.array([0, 1, 0], np.float32), start)
+        if axis @ axis < 1e-5:
+            axis = np.cross(np.array([1, 0, 0], np.float32), start)
+        return np.append(axis / np.sqrt(axis @ axis), np.float32(0))
+    length = np.sqrt((np.float32(1) + cosine) * np.float32(2))
+    return np.append(np.cross(start, end) / length, np.float32(0.5) * length)
 
 
 def _config_vector(
@@ -373,20 +438,31 @@ class _Reader:
             raise self.fail(f"{where} cannot be read as PNG or JPEG: {error}") from error
         return np.ascontiguousarray(pixels)
 
-    def texture(self, index: Any) -> tuple[npt.NDArray[np.uint8] | None, Wrap, Wrap]:
-        """Pixels of a texture (None if they cannot be read) and its wrap modes."""
+    def texture(self, index: Any, material: Material) -> Material:
+        """The material with a texture (None if its pixels cannot be read) and its sampler's settings."""
         entry = self.entry("textures", index)
         where = f"texture {index}"
-        wrap: tuple[Wrap, Wrap] = ("repeat", "repeat")
         if "sampler" in entry:
             sampler = self.entry("samplers", entry["sampler"])
             codes = [sampler.get(key, 10497) for key in ("wrapS", "wrapT")]
             if not all(isinstance(code, int) and code in _WRAPS for code in codes):
                 raise self.fail(f"{where}: wrap modes {codes} are not glTF's")
-            wrap = (_WRAPS[codes[0]], _WRAPS[codes[1]])
+            magnify, minify = sampler.get("magFilter", 9729), sampler.get("minFilter", 9987)
+            if not isinstance(magnify, int) or magnify not in _MAGNIFY:
+                raise self.fail(f"{where}: magFilter {magnify!r} is not one of glTF's")
+            if not isinstance(minify, int) or minify not in _MINIFY:
+                raise self.fail(f"{where}: minFilter {minify!r} is not one of glTF's")
+            material = replace(
+                material,
+                wrap_s=_WRAPS[codes[0]],
+                wrap_t=_WRAPS[codes[1]],
+                magnify=_MAGNIFY[magnify],
+                minify=_MINIFY[minify][0],
+                mipmaps=_MINIFY[minify][1],
+            )
         if "source" not in entry:
             self.compressed_textures += 1
-            return None, *wrap
+            return material
         source = entry["source"]
         if not isinstance(source, int):
             raise self.fail(f"{where}: source is {source!r}, expected a number")
@@ -394,34 +470,35 @@ class _Reader:
             mime = self.entry("images", source).get("mimeType")
             self.images[source] = None if mime in ("image/ktx2", "image/ktx") else self.image(source)
         self.compressed_textures += self.images[source] is None
-        return self.images[source], *wrap
+        return replace(material, texture=self.images[source])
 
-    def material(self, index: Any) -> tuple[Material, int, _Floats]:
-        """A material, the number of its texture coordinates, and their transform (2, 3)."""
+    def material(self, index: Any) -> tuple[Material, _Floats]:
+        """A material and the transform (2, 3) of its texture coordinates."""
         entry = self.entry("materials", index)
         where = f"material {index}"
         surface = self.child(entry, "pbrMetallicRoughness", where)
-        red, green, blue, alpha = self.numbers(surface, "baseColorFactor", [1.0, 1.0, 1.0, 1.0], where)
-        texture: npt.NDArray[np.uint8] | None = None
-        wrap_s: Wrap = "repeat"
-        wrap_t: Wrap = "repeat"
-        coordinates, transform = 0, np.eye(2, 3)
-        if "baseColorTexture" in surface:
-            info = self.child(surface, "baseColorTexture", where)
-            texture, wrap_s, wrap_t = self.texture(info.get("index"))
-            coordinates = self.natural(info, "texCoord", 0, where)
+        factor, picture = "baseColorFactor", "baseColorTexture"
+        glossy = self.child(
+            self.child(entry, "extensions", where), "KHR_materials_pbrSpecularGlossiness", where
+        )
+        if picture not in surface and ("diffuseTexture" in glossy or factor not in surface):
+            surface, factor, picture = glossy, "diffuseFactor", "diffuseTexture"
+        red, green, blue, alpha = self.numbers(surface, factor, [1.0, 1.0, 1.0, 1.0], where)
+        material = Material(str(entry.get("name", index)), (red, green, blue, alpha))
+        transform = np.eye(2, 3)
+        if picture in surface:
+            info = self.child(surface, picture, where)
+            material = self.texture(info.get("index"), material)
             extensions = self.child(info, "extensions", where)
             if "KHR_texture_transform" in extensions:
                 change = self.child(extensions, "KHR_texture_transform", where)
-                coordinates = self.natural(change, "texCoord", coordinates, where)
                 offset = self.numbers(change, "offset", [0.0, 0.0], where)
                 scale = self.numbers(change, "scale", [1.0, 1.0], where)
                 angle = self.numbers({"rotation": [change.get("rotation", 0.0)]}, "rotation", [0.0], where)[0]
                 cos, sin = math.cos(angle), math.sin(angle)
                 turn = np.array([[cos, sin], [-sin, cos]]) * scale
                 transform = np.column_stack([turn, offset])
-        name = entry.get("name", str(index))
-        return Material(str(name), (red, green, blue, alpha), texture, wrap_s, wrap_t), coordinates, transform
+        return material, transform
 
     # Geometry.
 
@@ -509,12 +586,14 @@ class _Reader:
         """The scene in the file's own frame."""
         self.check_extensions()
         materials: list[Material] = []
-        numbers: dict[Any, tuple[int, int, _Floats]] = {}
+        numbers: dict[Any, tuple[int, _Floats]] = {}
         names: list[str] = []
         parts: dict[str, list[npt.NDArray[Any]]] = {
-            key: [] for key in ("vertices", "triangles", "uvs", "colors", "material_ids", "instance_ids")
+            key: []
+            for key in ("vertices", "triangles", "solid", "uvs", "colors", "material_ids", "instance_ids")
         }
         num_vertices = 0
+        plain = True
         for index, node, matrix in self.nodes():
             if "mesh" not in node:
                 continue
@@ -530,15 +609,20 @@ class _Reader:
                 if not isinstance(key, int | None):
                     raise self.fail(f"{where}: material is {key!r}, expected a number")
                 if key not in numbers:
-                    material, coordinates, transform = (
-                        (Material("default"), 0, np.eye(2, 3)) if key is None else self.material(key)
-                    )
-                    numbers[key] = (len(materials), coordinates, transform)
+                    material, transform = (_NO_MATERIAL, np.eye(2, 3)) if key is None else self.material(key)
+                    numbers[key] = (len(materials), transform)
                     materials.append(material)
-                material_id, coordinates, transform = numbers[key]
-                part = self.primitive(primitive, matrix, coordinates, transform, where)
-                count = len(part["triangles"])
-                parts["triangles"].append(part.pop("triangles") + num_vertices)
+                material_id, transform = numbers[key]
+                part = self.primitive(primitive, matrix, transform, where)
+                corners = part.pop("triangles") + num_vertices
+                count = len(corners)
+                mirrored = np.linalg.det(matrix[:3, :3]) < 0
+                parts["triangles"].append(corners[:, ::-1] if mirrored else corners)
+                if primitive.get("mode", 4) == 4:
+                    parts["solid"].append(corners)
+                else:
+                    plain = False
+                plain = plain and not mirrored
                 parts["material_ids"].append(np.full(count, material_id))
                 parts["instance_ids"].append(np.full(count, len(names)))
                 num_vertices += len(part["vertices"])
@@ -552,6 +636,7 @@ class _Reader:
                 "cannot be read; their surfaces show the base-colour factor",
                 stacklevel=3,
             )
+        solid = parts.pop("solid")
         whole = {key: np.concatenate(values) for key, values in parts.items()}
         return Scene(
             name=self.path.name.removesuffix(self.path.suffix),
@@ -564,6 +649,9 @@ class _Reader:
             instance_ids=whole["instance_ids"].astype(np.int32),
             materials=tuple(materials),
             instance_names=tuple(names),
+            solid_triangles=None
+            if plain
+            else np.concatenate([np.zeros((0, 3), np.int32), *solid]).astype(np.int32),
         )
 
     def check_extensions(self) -> None:
@@ -579,9 +667,9 @@ class _Reader:
             raise self.fail(f"it requires {', '.join(unknown)}, which cannot be read; export it without")
 
     def primitive(
-        self, primitive: _Json, matrix: _Floats, coordinates: int, transform: _Floats, where: str
+        self, primitive: _Json, matrix: _Floats, transform: _Floats, where: str
     ) -> dict[str, npt.NDArray[Any]]:
-        """A primitive's triangles and the vertices that they use, in the file's frame."""
+        """A primitive's triangles, wound as stored, and the vertices that they use, in the file's frame."""
         if "POSITION" not in primitive["attributes"]:
             raise self.fail(f"{where}: it has no POSITION")
         stored = self.accessor(primitive["attributes"]["POSITION"], ("VEC3",))
@@ -590,7 +678,7 @@ class _Reader:
         self.num_triangles += len(triangles)
         if self.num_triangles > MAX_TRIANGLES:
             raise self.fail(f"it has more than {MAX_TRIANGLES} triangles")
-        uvs = self.attribute(primitive, f"TEXCOORD_{coordinates}", ("VEC2",), count)
+        uvs = self.attribute(primitive, "TEXCOORD_0", ("VEC2",), count)
         colors = self.attribute(primitive, "COLOR_0", ("VEC3", "VEC4"), count)
         # Primitives may share one large vertex buffer; keep only what this one uses.
         used = np.zeros(count, bool)
@@ -606,13 +694,11 @@ class _Reader:
         if not np.isfinite(vertices).all():
             bad = np.count_nonzero(~np.isfinite(vertices).all(axis=1))
             raise self.fail(f"{where}: {bad} of {count} vertices are not finite")
-        if np.linalg.det(matrix[:3, :3]) < 0:
-            triangles = triangles[:, ::-1]
         if uvs is None:
             uvs = np.zeros((count, 2), np.float32)
         else:
             uvs = (uvs @ transform[:, :2].T + transform[:, 2]).clip(-_UV_LIMIT, _UV_LIMIT).astype(np.float32)
         tint = np.ones((count, 4), np.float32)
         if colors is not None:
-            tint[:, : colors.shape[1]] = colors.clip(0.0, 1.0)
+            tint[:, : colors.shape[1]] = colors.clip(0.0, None)
         return {"vertices": vertices, "triangles": triangles, "uvs": uvs, "colors": tint}

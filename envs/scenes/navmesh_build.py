@@ -35,7 +35,7 @@ from envs.scenes.regions import partition_floor
 from envs.scenes.voxelise import VoxelSettings, find_floor
 from envs.simulators.base import AgentSpec
 
-_BUILDER_VERSION = 1
+_BUILDER_VERSION = 2
 """Part of a cached mesh's key: meshes built by older code with another outcome are built anew."""
 _SAME_SIZE = 1e-3
 """Agents whose radius and height differ by less [m] share a navigation mesh."""
@@ -154,7 +154,7 @@ def navmesh_for(scene_path: str | Path, agent: AgentSpec, cache_dir: str | Path 
             warnings.warn(f"building the navigation mesh of {scene_path} anew: {error}", stacklevel=2)
     scene = load_scene(scene_path)
     try:
-        mesh = build_navmesh(scene.vertices, scene.triangles, agent)
+        mesh = build_navmesh(scene.vertices, scene.ground, agent)
     except NavMeshError as error:
         raise NavMeshError(f"{scene_path}: {error}") from error
     try:

@@ -11,6 +11,8 @@ import numpy.typing as npt
 
 Wrap = Literal["repeat", "clamp", "mirror"]
 """What a texture shows outside the unit square: itself again, its border, or its mirror image."""
+Filter = Literal["linear", "nearest"]
+"""Whether to blend the nearest two of a kind or to take the nearest."""
 
 
 class SceneError(ValueError):
@@ -31,6 +33,12 @@ class Material:
     """How the texture goes on to the left and right."""
     wrap_t: Wrap = "repeat"
     """How the texture goes on above and below."""
+    magnify: Filter = "linear"
+    """How texels make up a pixel smaller than they are."""
+    minify: Filter = "linear"
+    """How texels of one mip level make up a pixel larger than they are."""
+    mipmaps: Filter | None = "linear"
+    """How mip levels make up a pixel; None to use the finest alone."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +65,19 @@ class Scene:
     """What :attr:`material_ids` index."""
     instance_names: tuple[str, ...]
     """Name of instance ``i + 1`` at index ``i``."""
+    solid_triangles: npt.NDArray[np.int32] | None = None
+    """What Habitat makes navigation meshes of, (S, 3) int32, where that is not :attr:`triangles`: those of
+    triangle lists, wound as the file has them even where a node mirrors them."""
 
     @property
     def num_triangles(self) -> int:
         """Number of triangles T."""
         return len(self.triangles)
+
+    @property
+    def ground(self) -> npt.NDArray[np.int32]:
+        """Triangles to build a navigation mesh from: (S, 3) int32."""
+        return self.triangles if self.solid_triangles is None else self.solid_triangles
 
     @property
     def bounds(self) -> npt.NDArray[np.float32]:

@@ -31,13 +31,19 @@ _Stack = wp.types.vector(length=STACK_SIZE, dtype=wp.int32)
 
 @wp.struct
 class Surface:
-    """A material: colour factor, rows of its mip levels, wrap modes as in ``WRAP_CODES``."""
+    """A material: colour factor, rows of its mip levels, wrap modes and filters.
+
+    Modes are as in ``WRAP_CODES`` and ``MIPMAP_CODES``.
+    """
 
     color: wp.vec3
     first_level: wp.int32
     num_levels: wp.int32
     wrap_s: wp.int32
     wrap_t: wp.int32
+    magnify_nearest: wp.int32
+    minify_nearest: wp.int32
+    mipmaps: wp.int32
     is_tinted: wp.int32
 
 
@@ -392,9 +398,9 @@ def _wrap_index(index: int, size: int, mode: int) -> int:
 
 @wp.func
 def _sample_level(
-    texels: wp.array(dtype=wp.uint32), level: wp.vec4i, s: float, t: float, wrap_s: int, wrap_t: int
+    texels: wp.array(dtype=wp.uint32), level: wp.vec4i, s: float, t: float, surface: Surface, nearest: int
 ) -> wp.vec3:
-    """Bilinear look-up in one mip level: RGB in 0..255.
+    """Look-up in one mip level, bilinear or of the nearest texel: RGB in 0..255.
 
     Red and blue are weighted together, as the two halves of one integer, with weights of 1/256.
     """
@@ -402,14 +408,17 @@ def _sample_level(
     height = level[2]
     x = s * float(width) - 0.5
     y = t * float(height) - 0.5
+    if nearest != 0:
+        x = wp.floor(x + 0.5)
+        y = wp.floor(y + 0.5)
     left = wp.floor(x)
     top = wp.floor(y)
     weight_x = wp.uint32((x - left) * 256.0)
     weight_y = wp.uint32((y - top) * 256.0)
-    x0 = _wrap_index(int(left), width, wrap_s)
-    x1 = _wrap_index(int(left) + 1, width, wrap_s)
-    row0 = level[0] + _wrap_index(int(top), height, wrap_t) * width
-    row1 = level[0] + _wrap_index(int(top) + 1, height, wrap_t) * width
+    x0 = _wrap_index(int(left), width, surface.wrap_s)
+    x1 = _wrap_index(int(left) + 1, width, surface.wrap_s)
+    row0 = level[0] + _wrap_index(int(top), height, surface.wrap_t) * width
+    row1 = level[0] + _wrap_index(int(top) + 1, height, surface.wrap_t) * width
     a = texels[row0 + x0]
     b = texels[row0 + x1]
     c = texels[row1 + x0]
@@ -447,8 +456,8 @@ def shade_rgb(
 ) -> None:
     """Colour of ``span`` pixels of a row: factor times texture times vertex colour.
 
-    Textures are sampled as OpenGL does: trilinearly, the mip level by the larger of the distances that one
-    pixel to the right and one pixel up move on the texture.
+    Textures are sampled as OpenGL does, trilinearly unless the material says otherwise, the mip level by the
+    larger of the distances that one pixel to the right and one pixel up move on the texture.
     """
     first = start + wp.tid() * span
     line = first // camera.width
@@ -488,32 +497,36 @@ def shade_rgb(
                 t = _wrap_coordinate(face.uv[1] + wp.dot(face.v_gradient, offset), surface.wrap_t)
                 level = int(0)
                 blend = float(0.0)
+                nearest = int(surface.magnify_nearest)
                 if footprint > 1.0:
+                    nearest = surface.minify_nearest
+                if footprint > 1.0 and surface.mipmaps != 2:
                     detail = 0.5 * wp.log2(footprint)
+                    if surface.mipmaps == 1:
+                        detail = wp.floor(detail + 0.5)
                     level = int(detail)
                     blend = detail - float(level)
                     if level >= surface.num_levels - 1:
                         level = surface.num_levels - 1
                         blend = 0.0
                 level = level + surface.first_level
-                color = _sample_level(data.texels, data.levels[level], s, t, surface.wrap_s, surface.wrap_t)
+                color = _sample_level(data.texels, data.levels[level], s, t, surface, nearest)
                 if blend > 0.0:
-                    coarser = _sample_level(
-                        data.texels, data.levels[level + 1], s, t, surface.wrap_s, surface.wrap_t
-                    )
+                    coarser = _sample_level(data.texels, data.levels[level + 1], s, t, surface, nearest)
                     color = color + blend * (coarser - color)
             if surface.is_tinted != 0:
                 color = wp.cw_mul(color, surface.color)
             if data.tints.shape[0] > 0:
                 tint = data.tints[index]
                 color = wp.vec3(
-                    color[0] * wp.clamp(tint.color[0] + wp.dot(tint.red_gradient, offset), 0.0, 1.0),
-                    color[1] * wp.clamp(tint.color[1] + wp.dot(tint.green_gradient, offset), 0.0, 1.0),
-                    color[2] * wp.clamp(tint.color[2] + wp.dot(tint.blue_gradient, offset), 0.0, 1.0),
+                    color[0] * wp.max(tint.color[0] + wp.dot(tint.red_gradient, offset), 0.0),
+                    color[1] * wp.max(tint.color[1] + wp.dot(tint.green_gradient, offset), 0.0),
+                    color[2] * wp.max(tint.color[2] + wp.dot(tint.blue_gradient, offset), 0.0),
                 )
-        rgb[3 * pixel] = wp.uint8(color[0] + 0.5)
-        rgb[3 * pixel + 1] = wp.uint8(color[1] + 0.5)
-        rgb[3 * pixel + 2] = wp.uint8(color[2] + 0.5)
+        # Factors and vertex colours may exceed 1.
+        rgb[3 * pixel] = wp.uint8(wp.min(color[0], 255.0) + 0.5)
+        rgb[3 * pixel + 1] = wp.uint8(wp.min(color[1], 255.0) + 0.5)
+        rgb[3 * pixel + 2] = wp.uint8(wp.min(color[2], 255.0) + 0.5)
 
 
 @wp.func

@@ -20,7 +20,7 @@ from envs.scenes.scene import Scene
 from envs.simulators.base import SensorKind, SensorSpec
 from envs.simulators.raycast import kernels
 from envs.simulators.raycast.bvh import Node, build_bvh
-from envs.simulators.raycast.textures import WRAP_CODES, pack_textures
+from envs.simulators.raycast.textures import MIPMAP_CODES, WRAP_CODES, pack_textures
 
 _CHANNELS: dict[SensorKind, tuple[int, ...]] = {"rgb": (3,), "depth": (), "normals": (3,), "instance": ()}
 _DTYPES: dict[SensorKind, torch.dtype] = {
@@ -43,12 +43,15 @@ class ResidentScene:
         bvh = build_bvh(scene.vertices, scene.triangles)
         pack = pack_textures(scene.materials)
         surfaces: Any = np.zeros(len(scene.materials), kernels.Surface.numpy_dtype())  # type: ignore[attr-defined]
-        surfaces["color"] = np.clip([material.base_color[:3] for material in scene.materials], 0.0, 1.0)
+        surfaces["color"] = np.clip([material.base_color[:3] for material in scene.materials], 0.0, None)
         surfaces["is_tinted"] = (surfaces["color"] != 1.0).any(axis=1)
         surfaces["first_level"] = pack.first_level
         surfaces["num_levels"] = pack.num_levels
         surfaces["wrap_s"] = [WRAP_CODES[material.wrap_s] for material in scene.materials]
         surfaces["wrap_t"] = [WRAP_CODES[material.wrap_t] for material in scene.materials]
+        surfaces["magnify_nearest"] = [material.magnify == "nearest" for material in scene.materials]
+        surfaces["minify_nearest"] = [material.minify == "nearest" for material in scene.materials]
+        surfaces["mipmaps"] = [MIPMAP_CODES[material.mipmaps] for material in scene.materials]
         count = scene.num_triangles
         has_tints = bool((scene.colors[:, :3] != 1.0).any())
         with wp.ScopedDevice(device):

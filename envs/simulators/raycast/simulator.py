@@ -93,7 +93,7 @@ class RaycastSimulator(Simulator):
             # The scene first: its errors say more than those of a mesh built from it.
             loaded.append(scene if isinstance(scene, Scene) else load_scene(scene))
             navmeshes[name] = (
-                build_navmesh(scene.vertices, scene.triangles, self.agent)
+                build_navmesh(scene.vertices, scene.ground, self.agent)
                 if isinstance(scene, Scene)
                 else navmesh_for(scene, self.agent)
             )

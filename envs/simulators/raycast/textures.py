@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from envs.scenes.scene import Material, Wrap
+from envs.scenes.scene import Filter, Material, Wrap
 
 WRAP_CODES: dict[Wrap, int] = {"repeat": 0, "clamp": 1, "mirror": 2}
 """How the kernels number the wrap modes."""
+MIPMAP_CODES: dict[Filter | None, int] = {"linear": 0, "nearest": 1, None: 2}
+"""How the kernels number the ways to use mip levels."""
 
 
 @dataclass(frozen=True)

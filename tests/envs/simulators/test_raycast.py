@@ -380,6 +380,35 @@ def test_factor_texture_and_vertex_colour_multiply():
     np.testing.assert_allclose(image[..., 0], 100, atol=1)
 
 
+def test_colours_beyond_one_are_cut_off_last():
+    texture = np.full((4, 4, 4), 100, np.uint8)
+    scene = plate(texture, 1.0, base_color=(2.0, 4.0, 1.0, 1.0))
+    scene = Scene(**{**scene.__dict__, "colors": np.full((4, 4), [0.5, 1.0, 1.5, 1.0], np.float32)})
+    image = look([scene], [0, 0, 0], 0.0, height=8, width=8)["rgb"][0]
+    np.testing.assert_allclose(image, np.broadcast_to([100, 255, 150], image.shape), atol=1)
+
+
+def test_a_texture_may_show_its_nearest_texel_near_and_far():
+    texture = np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8)
+    scene = plate(texture, 1.0, magnify="nearest")
+    image = look([scene], [0, 0, 0], 0.0, height=32, width=32)["rgb"][0]
+    np.testing.assert_array_equal(image, np.kron(texture[..., :3], np.ones((4, 4, 1), np.uint8)))
+    # Five repeats, 8 texels for 5 pixels: the texel under each pixel's middle.
+    scene = plate(texture, 1.0, tiles=5.0, minify="nearest", mipmaps=None)
+    image = look([scene], [0, 0, 0], 0.0, height=25, width=25)["rgb"][0]
+    index = np.floor((np.arange(25) + 0.5) * 8 / 5).astype(int) % 8
+    np.testing.assert_array_equal(image, texture[index][:, index, :3])
+
+
+def test_a_texture_may_show_the_nearest_mip_level_alone():
+    texture = np.random.default_rng(0).integers(0, 256, (64, 64, 4), dtype=np.uint8)
+    # 64 texels over 24 pixels: log2(64 / 24) = 1.4, nearest to level 1.
+    scene = plate(texture, 1.0, minify="nearest", mipmaps="nearest")
+    image = look([scene], [0, 0, 0], 0.0, height=24, width=24)["rgb"][0]
+    index = np.floor((np.arange(24) + 0.5) * 32 / 24).astype(int)
+    np.testing.assert_array_equal(image, mip_levels(texture)[1][index][:, index, :3])
+
+
 @pytest.mark.parametrize("shape", [(8, 8), (8, 2), (1, 5), (7, 3), (13, 6), (1, 1)])
 def test_mip_levels_halve_down_to_one_texel_and_keep_the_mean(shape):
     image = np.random.default_rng(0).integers(0, 256, (*shape, 4), dtype=np.uint8)

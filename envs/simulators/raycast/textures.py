@@ -35,8 +35,8 @@ def mip_levels(image: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:
     """An image and its halvings down to one texel, each the mean of 2x2 texels of the one before.
 
     The mean is of the stored values, without sRGB conversion, and rounds to whole numbers at each level, as
-    OpenGL's ``generateMipmap`` does on the textures that Habitat makes. Where a size is odd, new texels share
-    the old ones between them, so that none is lost.
+    OpenGL's ``generateMipmap`` does on the textures that Habitat makes. Where a size is odd, new texels are
+    the old image at their middle, interpolated between the nearest two, as with Mesa's OpenGL.
 
     Args:
         image: (H, W, 4) uint8.
@@ -50,20 +50,16 @@ def mip_levels(image: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:
 
 
 def _halve(values: npt.NDArray[Any], axis: int) -> npt.NDArray[Any]:
-    """Halves one axis, rounded down but not below 1, by box filtering."""
+    """Halves one axis, rounded down but not below 1, by linear interpolation."""
     size = values.shape[axis]
     if size == 1:
         return values
     half = size // 2
+    middle = (np.arange(half, dtype=np.float32) + 0.5) * np.float32(size / half) - 0.5
+    before = middle.astype(np.int64)
+    weight = (middle - before).reshape(-1, *[1] * (values.ndim - 1))
     values = np.moveaxis(values, axis, 0)
-    if size % 2 == 0:
-        halved = (values[0::2] + values[1::2]) / 2
-    else:
-        # 2n + 1 texels become n: each new texel covers (2n + 1) / n old ones, three of them in part.
-        place = np.arange(half, dtype=np.float32).reshape(-1, *[1] * (values.ndim - 1))
-        before, after = (half - place) / size, (place + 1) / size
-        halved = before * values[0:-1:2] + half / size * values[1::2] + after * values[2::2]
-    return np.moveaxis(halved, 0, axis)
+    return np.moveaxis(values[before] * (1 - weight) + values[before + 1] * weight, 0, axis)
 
 
 def pack_textures(materials: Sequence[Material]) -> TexturePack:

@@ -104,35 +104,36 @@ def check_reference(folder: str | Path, device: str = "cpu") -> list[Row]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ReferenceError(f"{folder} is not a folder; give one with recordings (NAME.glb, NAME.json, ...)")
-    names = sorted(path.stem for path in folder.glob("*.json") if path.with_suffix(".glb").is_file())
+    described = {path.stem for path in folder.glob("*.json") if path.with_suffix(".glb").is_file()}
+    recorded = {path.name.removesuffix(".reference.npz") for path in folder.glob("*.reference.npz")}
+    names = sorted(described | recorded)
     if not names:
         raise ReferenceError(f"{folder} holds no scene with recordings (no NAME.glb beside a NAME.json)")
     traces, episodes = _read_traces(folder), _read_episodes(folder)
     rows: list[Row] = []
     for name in names:
+        description = _read_description(folder / f"{name}.json")
         try:
-            rows += _check_scene(folder, name, device)
-            description = _read_json(folder / f"{name}.json")
+            rows += _check_scene(folder, name, description, device)
             rows += _check_task(name, traces.get(name), episodes, description)
-        except (KeyError, TypeError) as error:
-            raise ReferenceError(
-                f"{folder / name}.*: the recordings are not as expected: {error!r}"
-            ) from error
         except ReferenceError:
             raise
-        except (ValueError, OSError) as error:
-            raise ReferenceError(str(error)) from error
+        except KeyError as error:
+            raise ReferenceError(f"scene {name} of {folder}: its recordings lack {error}") from error
+        except (TypeError, ValueError, OSError) as error:
+            raise ReferenceError(f"scene {name} of {folder}: {error}") from error
+    if all(row.value is None for row in rows):
+        raise ReferenceError(f"{folder} holds scenes, but nothing that Habitat answered about them")
     return rows
 
 
-def _check_scene(folder: Path, name: str, device: str) -> Iterator[Row]:
+def _check_scene(folder: Path, name: str, description: dict[str, Any], device: str) -> Iterator[Row]:
     from envs.scenes.gltf import load_scene
     from envs.simulators.raycast.simulator import RaycastSimulator
 
-    description = _read_json(folder / f"{name}.json")
-    answers = _read_answers(folder / f"{name}.reference.npz")
     path = folder / f"{name}.glb"
     cameras = _cameras(description)
+    answers = _read_answers(folder / f"{name}.reference.npz", cameras)
     num_views = len(answers["view_yaw"]) if "view_yaw" in answers else 1
 
     def simulator(num_agents: int, sensors: tuple[SensorSpec, ...], sliding: bool) -> RaycastSimulator:
@@ -154,6 +155,7 @@ def _check_views(
     name: str, sim: RaycastSimulator, cameras: tuple[SensorSpec, ...], answers: Answers
 ) -> Iterator[Row]:
     """What the cameras see at the recorded poses."""
+    images: dict[str, NDArray[Any]] = {}
     if "view_position" in answers:
         agents = torch.arange(sim.num_agents, device=sim.device)
         position = torch.from_numpy(answers["view_position"]).to(sim.device)
@@ -252,7 +254,7 @@ def _check_moves(name: str, sim: RaycastSimulator, kind: str, answers: Answers) 
             torch.from_numpy(yaw.astype(np.float32)).to(sim.device),
         )
         # The recordings count actions from forward, which is 1 here.
-        shifted = actions.reshape(-1).astype(np.int64) + int(Action.MOVE_FORWARD)
+        shifted = actions.reshape(-1) + int(Action.MOVE_FORWARD)
         sim.step(torch.from_numpy(shifted).to(sim.device))
         near = _within(sim.position.cpu().numpy(), after, 0.01)
         agree = sim.collided.cpu().numpy() == answers[f"rollout_{kind}_collided"].reshape(-1)
@@ -320,6 +322,13 @@ def _trace_errors(
     trace: dict[str, Any], episode: Episode, description: dict[str, Any]
 ) -> Iterator[tuple[str, float]]:
     """Largest error of each quantity along one trace."""
+    steps = len(trace["actions"])
+    for key, count in (("position", 1), ("pointgoal", 1), ("distance_to_goal", 1), ("reward", 0)):
+        if steps == 0 or len(trace[key]) != steps + count:
+            raise ReferenceError(
+                f"trace of episode {episode.episode_id} in {episode.scene_id}: it has {steps} actions and "
+                f"{len(trace[key])} values of {key}, expected at least one action and {count} more values"
+            )
     position = torch.tensor(trace["position"], dtype=torch.float32)
     distance = torch.tensor(trace["distance_to_goal"], dtype=torch.float32)
     actions = torch.tensor(trace["actions"])
@@ -365,8 +374,9 @@ def _share(agrees: NDArray[Any]) -> float:
 
 
 def _psnr(error: NDArray[Any]) -> float:
-    mean_square = float(np.mean(np.square(error)))
-    return math.inf if mean_square == 0 else 10.0 * math.log10(255.0**2 / mean_square)
+    # Never 0, so that the figure stays finite: JSON has no infinity.
+    mean_square = max(float(np.mean(np.square(error))), 1e-10)
+    return 10.0 * math.log10(255.0**2 / mean_square)
 
 
 def _within(ours: NDArray[Any] | None, theirs: NDArray[Any] | None, tolerance: float) -> NDArray[Any] | None:
@@ -415,12 +425,99 @@ def _read_json(path: Path) -> Any:
         raise ReferenceError(f"{path} cannot be read as JSON: {error}") from error
 
 
-def _read_answers(path: Path) -> Answers:
+def _read_description(path: Path) -> dict[str, Any]:
+    """What NAME.json says of the agent and its sensors, with every number in place."""
+    description = _read_json(path)
+
+    def check(owner: Any, what: str, keys: tuple[str, ...]) -> None:
+        if not isinstance(owner, dict):
+            raise ReferenceError(f"{path}: {what} is {owner!r}, expected an object")
+        for key in keys:
+            value = owner.get(key)
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise ReferenceError(f"{path}: {key} of {what} is {value!r}, expected a number")
+
+    check(description, "the scene", ("forward_step", "turn_angle_deg"))
+    agent = ("agent_radius", "agent_height", "agent_max_climb", "agent_max_slope")
+    check(description.get("navmesh"), "navmesh", (*agent, "cell_size", "cell_height"))
+    sensors = description.get("sensors")
+    if not isinstance(sensors, list):
+        raise ReferenceError(f"{path}: sensors is {sensors!r}, expected a list")
+    for number, sensor in enumerate(sensors):
+        check(sensor, f"sensor {number}", ("height", "width", "hfov_deg", "sensor_height"))
+    return description
+
+
+def _read_answers(path: Path, cameras: tuple[SensorSpec, ...]) -> Answers:
+    """The recordings that can be compared, floats in single precision.
+
+    Answers whose question is missing are left out. The rest must have the shapes that belong together.
+    """
     try:
+        if path.is_file() and not zipfile.is_zipfile(path):
+            raise ValueError("it is no .npz archive, or only the beginning of one")
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+            found = {name: file[name] for name in file.files}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ReferenceError(f"{path} cannot be read as recordings: {error}") from error
+    answers: Answers = {}
+    for questions, replies in _layout(found, cameras):
+        if all(name in found and found[name].size for name in questions):
+            for name, shape in (questions | replies).items():
+                if name in found:
+                    answers[name] = _sound(path, name, found[name], shape, name in questions)
+    return answers
+
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _layout(found: Answers, cameras: tuple[SensorSpec, ...]) -> Iterator[tuple[Shapes, Shapes]]:
+    """Questions and Habitat's replies that belong together, with their shapes."""
+
+    def count(name: str) -> int:
+        return len(found[name]) if name in found and found[name].ndim else 0
+
+    n = count("view_position")
+    images = {
+        f"view_{camera.name}": (n, camera.height, camera.width, *([3] if camera.kind == "rgb" else []))
+        for camera in cameras
+    }
+    yield {"view_position": (n, 3), "view_yaw": (n,)}, images
+    n = count("geodesic_start")
+    yield {"geodesic_start": (n, 3), "geodesic_end": (n, 3)}, {"geodesic_distance": (n,)}
+    n = count("step_start")
+    yield {"step_start": (n, 3), "step_target": (n, 3)}, {"step_slide": (n, 3), "step_no_slide": (n, 3)}
+    n = count("query_point")
+    yield {"query_point": (n, 3)}, {"query_is_navigable": (n,), "query_snapped": (n, 3)}
+    n = count("obstacle_point")
+    yield {"obstacle_point": (n, 3)}, {"obstacle_distance": (n,)}
+    for kind in ("slide", "stop"):
+        actions = found.get(f"rollout_{kind}_actions", np.zeros((0, 0)))
+        n, steps = actions.shape if actions.ndim == 2 else (0, 0)
+        shapes = {"actions": (n, steps), "position": (n, steps + 1, 3), "rotation_xyzw": (n, steps + 1, 4)}
+        shapes["collided"] = (n, steps)
+        yield {f"rollout_{kind}_{name}": shape for name, shape in shapes.items()}, {}
+
+
+def _sound(
+    path: Path, name: str, values: NDArray[Any], shape: tuple[int, ...], is_question: bool
+) -> NDArray[Any]:
+    """One array in the type that the simulator takes; questions and pictures must be finite."""
+    if values.shape != shape:
+        raise ReferenceError(f"{path}: {name} has shape {values.shape}, expected {shape}")
+    whole = name.endswith(("_actions", "_collided", "_is_navigable"))
+    if values.dtype.kind not in ("biu" if whole else "fiu"):
+        raise ReferenceError(f"{path}: {name} holds {values.dtype}, expected {'whole ' * whole}numbers")
+    if name.endswith("_actions"):
+        if values.min() < 0 or values.max() > 2:
+            raise ReferenceError(f"{path}: {name} go from {values.min()} to {values.max()}, expected 0 to 2")
+        return values.astype(np.int64)
+    if whole:
+        return values.astype(bool)
+    if (is_question or name.startswith("view_")) and not np.isfinite(values).all():
+        raise ReferenceError(f"{path}: {name} holds numbers that are not finite")
+    return np.ascontiguousarray(values, np.float32)
 
 
 def _read_traces(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -430,6 +527,9 @@ def _read_traces(folder: Path) -> dict[str, list[dict[str, Any]]]:
     traces = _read_json(path)
     if not isinstance(traces, dict):
         raise ReferenceError(f"{path} holds {type(traces).__name__}, expected a dictionary of scenes")
+    for name, found in traces.items():
+        if not isinstance(found, list) or not all(isinstance(trace, dict) for trace in found):
+            raise ReferenceError(f"{path}: scene {name} is not a list of traces")
     return traces
 
 

@@ -4,7 +4,11 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
+from envs.scenes.gltf import load_scene
+from envs.simulators.base import SensorSpec
+from envs.simulators.raycast.renderer import Renderer
 from navagent.reference import Row, check_reference, run
 
 
@@ -91,6 +95,111 @@ def test_what_was_not_recorded_neither_passes_nor_fails(copy):
     missing = {row.what for row in check_reference(copy) if row.passed is None}
     assert "distance to obstacle: within 0.03 m" in missing and "task: SPL, largest error" in missing
     assert run(copy) == 0
+
+
+def test_missing_questions_leave_their_answers_out(copy):
+    def thin(answers):
+        for name in ("view_position", "geodesic_end", "step_target", "query_point", "rollout_stop_position"):
+            answers.pop(name)
+
+    edit(copy, thin)
+    measured = {row.what for row in check_reference(copy) if row.passed is not None}
+    assert {what for what in measured if not what.startswith("task")} == {
+        "distance to obstacle: within 0.03 m",
+        "one action, sliding: within 0.01 m",
+        "one action, sliding: collided agrees",
+    }
+
+
+def test_recordings_in_double_precision_are_as_good(copy):
+    def widen(answers):
+        for name, values in answers.items():
+            answers[name] = values.astype(np.float64) if values.dtype == np.float32 else values
+
+    edit(copy, widen)
+    assert all(row.passed for row in check_reference(copy))
+
+
+def test_equal_pictures_give_a_finite_figure(copy, capsys):
+    edit(copy, lambda answers: answers.update(view_rgb128=render(copy, answers)))
+    run(copy, as_json=True)
+
+    def refuse(constant):
+        raise ValueError(constant)
+
+    rows = json.loads(capsys.readouterr().out, parse_constant=refuse)["rows"]
+    assert next(row["value"] for row in rows if row["what"] == "rgb128: PSNR") > 100
+
+
+def render(folder, answers):
+    sensor = SensorSpec("rgb128", "rgb", 128, 128, hfov_deg=90.0, sensor_height=1.5)
+    renderer = Renderer([sensor])
+    renderer.load_scenes([load_scene(folder / "studio.glb")])
+    poses = [torch.from_numpy(answers[name]) for name in ("view_position", "view_yaw")]
+    return renderer.render(torch.zeros(len(poses[1]), dtype=torch.int64), *poses)["rgb128"].numpy()
+
+
+@pytest.mark.parametrize(("name", "change", "fault"), [
+    ("geodesic_distance", lambda a: a[:-1], "shape"), ("view_depth128", lambda a: a[:, :64], "shape"),
+    ("query_point", lambda a: a[:, :2], "shape"), ("view_yaw", lambda a: np.float32(0), "shape"),
+    ("rollout_slide_position", lambda a: a[:, 1:], "shape"),
+    ("rollout_stop_actions", lambda a: a + 1, "0 to 2"),
+    ("step_slide", lambda a: a.astype(str), "expected numbers"),
+    ("view_position", lambda a: a * np.nan, "finite"),
+    ("obstacle_distance", lambda a: a.astype(object), "allow_pickle=False"),
+])  # fmt: skip
+def test_arrays_that_cannot_be_compared_give_status_2_and_their_name(copy, capsys, name, change, fault):
+    edit(copy, lambda answers: answers.update({name: change(answers[name])}))
+    assert run(copy) == 2
+    printed = capsys.readouterr().err
+    assert "studio.reference.npz" in printed and fault in printed
+    assert name in printed or fault == "allow_pickle=False"
+
+
+@pytest.mark.parametrize(("change", "fault"), [
+    (lambda d: d.update(sensors="all"), "sensors"), (lambda d: d.pop("forward_step"), "forward_step"),
+    (lambda d: d["navmesh"].update(agent_radius=float("nan")), "agent_radius"),
+    (lambda d: d["sensors"][0].update(height="tall"), "height of sensor 0"),
+    (lambda d: d.update(navmesh=[]), "navmesh"),
+])  # fmt: skip
+def test_a_wrong_description_gives_status_2_and_the_fault(copy, capsys, change, fault):
+    path = copy / "studio.json"
+    description = json.loads(path.read_text())
+    change(description)
+    path.chmod(0o644)
+    path.write_text(json.dumps(description))
+    assert run(copy) == 2
+    printed = capsys.readouterr().err
+    assert "studio.json" in printed and fault in printed
+
+
+@pytest.mark.parametrize(("change", "fault"), [
+    (lambda traces: traces.update(studio=7), "list of traces"),
+    (lambda traces: traces["studio"][0]["reward"].pop(), "values of reward"),
+    (lambda traces: traces["studio"][1].update(actions=[]), "0 actions"),
+    (lambda traces: traces["studio"][1].pop("metrics"), "'metrics'"),
+    (lambda traces: traces["studio"][1].update(episode_id="none"), "no episode none"),
+])  # fmt: skip
+def test_wrong_traces_give_status_2_and_the_fault(copy, capsys, change, fault):
+    path = copy / "pointnav_traces.json.gz"
+    traces = json.loads(gzip.decompress(path.read_bytes()))
+    change(traces)
+    path.write_bytes(gzip.compress(json.dumps(traces).encode()))
+    assert run(copy) == 2
+    assert fault in capsys.readouterr().err
+
+
+def test_a_folder_with_no_answers_at_all_gives_status_2(copy, capsys):
+    (copy / "pointnav_traces.json.gz").unlink()
+    edit(copy, lambda answers: answers.clear())
+    assert run(copy) == 2
+    assert "nothing that Habitat answered" in capsys.readouterr().err
+
+
+def test_recordings_without_their_scene_give_status_2(copy, capsys):
+    (copy / "studio.glb").unlink()
+    assert run(copy) == 2
+    assert "studio.glb" in capsys.readouterr().err
 
 
 def truncate(path):

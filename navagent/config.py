@@ -187,7 +187,10 @@ class AlgorithmConfig:
     target_kl: float | None = setting(None, "an update stops early beyond 1.5 times this divergence", above=0)
     imitation_frames: int = setting(0, "frames in which the expert teaches before PPO; 0 is none", at_least=0)
     imitation_mixing: float = setting(
-        0.5, "share of them over which the expert's part of the acting falls to 0", at_least=0, at_most=1
+        0.5, "share of them over which the expert hands over most of the acting", at_least=0, at_most=1
+    )
+    imitation_minibatches: int = setting(
+        16, "parts that a rollout is learned in while the expert teaches", at_least=1
     )
     inflection_weight: float = setting(
         2.0, "weight of steps at which the expert changes its action; others weigh 1", above=0

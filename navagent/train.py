@@ -109,6 +109,8 @@ def make_model(config: TrainConfig, split: Split) -> PPO:
             frames=algorithm.imitation_frames,
             mixing_fraction=algorithm.imitation_mixing,
             inflection_weight=algorithm.inflection_weight,
+            # A minibatch is made of whole sequences: at most one for each environment.
+            num_minibatches=min(algorithm.imitation_minibatches, algorithm.num_envs),
             anchor_coef=algorithm.anchor_coef,
             anchor_frames=algorithm.anchor_frames,
         ),

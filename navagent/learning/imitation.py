@@ -1,7 +1,7 @@
 """Learning from an expert that can be asked anywhere: DAgger, and staying close to what was learned.
 
 DAgger (Ross et al. 2011) lets a mixture of expert and learner act and has the expert label every state that
-the mixture visits. The expert's part of the mixture falls from all to nothing, so that the learner ends up
+the mixture visits. The expert's part of the mixture falls while training goes on, so that the learner ends up
 being corrected where it goes by itself. Labels are learned by cross-entropy in which the steps where the
 expert changes its action weigh more (inflection weighting, Wijmans et al. 2019). The critic learns the
 observed returns at the same time, so that PPO can take over the same policy with the same optimiser.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,24 +27,30 @@ class ImitationConfig:
     frames: int = 0
     """Frames of imitation before PPO takes over; 0 means PPO alone."""
     mixing_fraction: float = 0.5
-    """Share of ``frames`` over which the expert's part of the behaviour falls from 1 to 0."""
-    mixing: Literal["episode", "step"] = "episode"
-    """Whether expert or learner is drawn to act for a whole episode, or anew at every step."""
+    """Share of ``frames`` over which the expert's part of the behaviour falls from 1 to ``final_share``."""
+    final_share: float = 0.25
+    """The expert's part of the behaviour after that. With none, a learner that is stuck stays so until its
+    episode times out, and most of what it learns from is being stuck."""
+    segment_steps: float = 16.0
+    """Who acts is drawn at the start of an episode and anew after so many steps on average."""
     inflection_weight: float = 2.0
     """Weight of a step at which the expert's action differs from the one before; others weigh 1."""
-    guard_fraction: float = 0.8
-    """Share of ``frames`` during which the learner's STOP is carried out only where the expert would stop too.
-    A beginner would otherwise end its episodes before it has seen anything; after that, the critic learns what
-    the learner's own stops are worth."""
+    alone_fraction: float = 0.2
+    """Share of ``frames``, the last ones, in which the learner acts alone, so that the critic knows what the
+    learner's own behaviour is worth when PPO takes over. Before that, the learner's STOP is carried out only
+    where the expert would stop too: a beginner would end its episodes before it has seen anything."""
+    num_minibatches: int | None = None
+    """Into how many groups of environments a rollout is split to learn labels; as many as for PPO if None.
+    Labels bear small minibatches, and the more updates of the parameters teach much faster."""
     anchor_coef: float = 0.0
     """Weight in PPO's loss of the divergence from the imitated policy, when PPO takes over."""
     anchor_frames: int = 0
     """Frames of PPO over which ``anchor_coef`` falls to 0."""
 
     def __post_init__(self) -> None:
-        if self.mixing not in ("episode", "step"):
-            raise ValueError(f"imitation mixing {self.mixing!r} is not one of episode, step")
-        for name in ("mixing_fraction", "guard_fraction"):
+        if self.segment_steps < 1:
+            raise ValueError(f"imitation segment_steps {self.segment_steps} must be at least 1")
+        for name in ("mixing_fraction", "final_share", "alone_fraction"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"imitation {name} {getattr(self, name)} must lie between 0 and 1")
         if self.frames < 0 or self.anchor_frames < 0:
@@ -54,10 +60,18 @@ class ImitationConfig:
         if self.inflection_weight <= 0:
             raise ValueError(f"inflection_weight {self.inflection_weight} must be greater than 0")
 
+    def learner_alone(self, frames: int) -> bool:
+        """Whether the learner acts alone, after ``frames`` frames."""
+        return frames >= (1.0 - self.alone_fraction) * self.frames
+
     def expert_share(self, frames: int) -> float:
         """Probability that the expert acts, after ``frames`` frames."""
+        if self.learner_alone(frames):
+            return 0.0
         mixing_frames = self.frames * self.mixing_fraction
-        return 0.0 if frames >= mixing_frames else 1.0 - frames / mixing_frames
+        if frames >= mixing_frames:
+            return self.final_share
+        return 1.0 - (1.0 - self.final_share) * frames / mixing_frames
 
     def anchor_weight(self, frames: int) -> float:
         """Weight of the divergence from the imitated policy, after ``frames`` frames."""
@@ -84,11 +98,12 @@ class ExpertMixture:
         """What is carried out, (N,) int64, given what learner and expert want to do, each (N,) int64."""
         share = self.config.expert_share(frames)
         drawn = torch.rand(self.num_envs, generator=self.generator) < share
-        redraw = episode_starts.cpu() if self.config.mixing == "episode" else torch.ones_like(drawn)
+        over = torch.rand(self.num_envs, generator=self.generator) < 1.0 / self.config.segment_steps
+        alone = self.config.learner_alone(frames)
+        redraw = episode_starts.cpu() | over | alone
         self.expert_acts = torch.where(redraw, drawn, self.expert_acts)
         chosen = torch.where(self.expert_acts.to(actions.device), expert, actions)
-        guarded = frames < self.config.guard_fraction * self.config.frames
-        if self.stop_action is not None and guarded:
+        if self.stop_action is not None and not alone:
             too_early = (chosen == self.stop_action) & (expert != self.stop_action)
             chosen = torch.where(too_early, expert, chosen)
         return chosen

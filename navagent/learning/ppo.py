@@ -141,10 +141,11 @@ class PPO(OnPolicyAlgorithm):
                 f"policy {self.policy_class.__name__} lacks {', '.join(missing)}: use "
                 "policies.actor_critic.NavigationPolicy or a policy with the same methods"
             )
-        if not 1 <= self.n_minibatches <= self.n_envs:
+        for count in (self.n_minibatches, self.imitation.num_minibatches or 1):
+            if 1 <= count <= self.n_envs:
+                continue
             raise ValueError(
-                f"n_minibatches {self.n_minibatches} must lie between 1 and the number of environments, "
-                f"{self.n_envs}"
+                f"n_minibatches {count} must lie between 1 and the number of environments, {self.n_envs}"
             )
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
@@ -409,11 +410,14 @@ class PPO(OnPolicyAlgorithm):
         self._update_learning_rate(policy.optimizer)
         # Whatever is trained on labels was collected with them.
         imitating = self.rollout_buffer.has_expert_actions
+        minibatches = self.n_minibatches
+        if imitating and self.imitation.num_minibatches is not None:
+            minibatches = self.imitation.num_minibatches
         parameters = [p for group in policy.optimizer.param_groups for p in group["params"]]
         records: dict[str, list[Tensor]] = defaultdict(list)
         stopped = False
         for _ in range(self.n_epochs):
-            for batch in self.rollout_buffer.minibatches(self.n_minibatches, self.generator):
+            for batch in self.rollout_buffer.minibatches(minibatches, self.generator):
                 values, log_probs, entropy, logits = policy.evaluate_sequences(
                     batch.observations, batch.actions, batch.memory, batch.episode_starts, batch.frozen
                 )

@@ -14,14 +14,14 @@ from navagent.learning.ppo import PPO
 
 
 def mixture(num_envs=1000, stop_action=0, **settings):
-    config = ImitationConfig(frames=100, **settings)
+    config = ImitationConfig(**{"frames": 100, "final_share": 0.0, **settings})
     return ExpertMixture(config, num_envs, stop_action, torch.Generator().manual_seed(0))
 
 
-def test_the_experts_share_falls_from_all_to_nothing():
-    config = ImitationConfig(frames=100, mixing_fraction=0.5)
-    assert [config.expert_share(frames) for frames in (0, 25, 50, 80)] == [1.0, 0.5, 0.0, 0.0]
-    assert ImitationConfig(frames=100, mixing_fraction=0.0).expert_share(0) == 0.0
+def test_the_experts_share_falls_and_at_last_the_learner_is_alone():
+    config = ImitationConfig(frames=100, mixing_fraction=0.5, final_share=0.2, alone_fraction=0.1)
+    assert [config.expert_share(frames) for frames in (0, 25, 50, 89, 90)] == [1.0, 0.6, 0.2, 0.2, 0.0]
+    assert ImitationConfig(frames=100, mixing_fraction=0.0, final_share=0.3).expert_share(0) == 0.3
 
 
 def test_behaviour_is_the_experts_at_first_and_the_learners_at_last():
@@ -29,22 +29,24 @@ def test_behaviour_is_the_experts_at_first_and_the_learners_at_last():
     learner, expert = torch.full((1000,), 2), torch.full((1000,), 1)
     starts = torch.ones(1000, dtype=torch.bool)
     assert torch.equal(mix.choose(learner, expert, starts, 0), expert)
-    assert torch.equal(mix.choose(learner, expert, starts, 60), learner)
     half = (mix.choose(learner, expert, starts, 25) == expert).float().mean().item()
     assert 0.45 < half < 0.55
+    # It ends at once, also for those whose turn the expert's was.
+    assert torch.equal(mix.choose(learner, expert, ~starts, 80), learner)
 
 
-def test_by_episode_the_draw_lasts_until_the_episode_ends():
-    mix = mixture(mixing="episode")
+def test_who_acts_is_drawn_anew_after_so_many_steps_on_average():
+    mix = mixture(mixing_fraction=0.0, final_share=0.5, segment_steps=20)
     learner, expert = torch.full((1000,), 2), torch.full((1000,), 1)
-    ones, zeros = torch.ones(1000, dtype=torch.bool), torch.zeros(1000, dtype=torch.bool)
-    first = mix.choose(learner, expert, ones, 25)
-    assert torch.equal(mix.choose(learner, expert, zeros, 25), first)
-    assert torch.equal(mix.choose(learner, expert, zeros, 99), first)
-    by_step = mixture(mixing="step")
-    assert not torch.equal(
-        by_step.choose(learner, expert, zeros, 25), by_step.choose(learner, expert, zeros, 25)
-    )
+    starts = torch.ones(1000, dtype=torch.bool)
+    before = mix.choose(learner, expert, starts, 0)
+    changes = 0
+    for _ in range(100):
+        now = mix.choose(learner, expert, ~starts, 0)
+        changes += int((now != before).sum())
+        before = now
+    # A new draw changes who acts half of the time.
+    assert 100 * 1000 / 20 / 2 == pytest.approx(changes, rel=0.1)
 
 
 def test_at_first_the_learner_stops_only_where_the_expert_would():
@@ -143,8 +145,8 @@ def test_a_heavy_anchor_keeps_the_policy_where_imitation_left_it():
 
 
 def test_wrong_settings_are_refused_by_name():
-    with pytest.raises(ValueError, match="mixing 'random' is not one of episode, step"):
-        ImitationConfig(mixing="random")
+    with pytest.raises(ValueError, match=r"segment_steps 0\.5 must be at least 1"):
+        ImitationConfig(segment_steps=0.5)
     with pytest.raises(ValueError, match=r"mixing_fraction 1\.5 must lie between 0 and 1"):
         ImitationConfig(mixing_fraction=1.5)
     with pytest.raises(ValueError, match=r"inflection_weight 0\.0 must be greater than 0"):

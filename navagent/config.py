@@ -171,9 +171,9 @@ class AlgorithmConfig:
     )
     num_envs: int = setting(32, "agents that act side by side", at_least=1, at_most=65536)
     num_steps: int = setting(64, "steps of every agent in one rollout", at_least=1, at_most=65536)
-    num_minibatches: int = setting(4, "parts that a rollout is learned in", at_least=1)
+    num_minibatches: int = setting(8, "parts that a rollout is learned in", at_least=1)
     epochs: int = setting(2, "passes over a rollout", at_least=1, at_most=1000)
-    learning_rate: float = setting(2.5e-4, "Adam's step size", above=0, at_most=1)
+    learning_rate: float = setting(7e-4, "Adam's step size", above=0, at_most=1)
     learning_rate_schedule: str = setting(
         "linear", "how the learning rate falls to 0", choices=("constant", "linear", "cosine")
     )
@@ -185,7 +185,9 @@ class AlgorithmConfig:
     vf_coef: float = setting(0.5, "weight of the value loss", at_least=0)
     max_grad_norm: float = setting(0.5, "gradients are clipped to this norm", above=0)
     target_kl: float | None = setting(None, "an update stops early beyond 1.5 times this divergence", above=0)
-    imitation_frames: int = setting(0, "frames in which the expert teaches before PPO; 0 is none", at_least=0)
+    imitation_frames: int = setting(
+        400_000, "frames in which the expert teaches before PPO; 0 is none", at_least=0
+    )
     imitation_mixing: float = setting(
         0.5, "share of them over which the expert hands over most of the acting", at_least=0, at_most=1
     )
@@ -193,11 +195,11 @@ class AlgorithmConfig:
         16, "parts that a rollout is learned in while the expert teaches", at_least=1
     )
     inflection_weight: float = setting(
-        2.0, "weight of steps at which the expert changes its action; others weigh 1", above=0
+        1.0, "weight of steps at which the expert changes its action; others weigh 1", above=0
     )
     anchor_coef: float = setting(0.0, "PPO's pull towards the imitated policy, at first", at_least=0)
     anchor_frames: int = setting(0, "frames of PPO over which that pull falls to 0", at_least=0)
-    curriculum: str = setting("linear", "how the longest path grows", choices=("none", "linear", "success"))
+    curriculum: str = setting("none", "how the longest path grows", choices=("none", "linear", "success"))
     curriculum_start: float = setting(3.0, "longest path at first [m]", above=0)
     curriculum_end: float = setting(30.0, "longest path at last [m]", above=0)
     curriculum_fraction: float = setting(

@@ -5,6 +5,8 @@ import pytest
 
 # Two test processes on a two-core machine must not start a thread pool each.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# As navagent sets it, but before any test has loaded torch.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def _shared(name: str, variable: str) -> Path:

@@ -82,20 +82,12 @@ class PPO(OnPolicyAlgorithm):
 
         Args:
             policy: The policy class.
-            env: An SB3 VecEnv, stepped by tensors where it can, or a Gymnasium
-            environment. learning_rate: Or a schedule of it, see
-            :class:`navagent.learning.schedules.LearningRate`. n_steps: Length of a rollout T; also how far
-            gradients flow back through time. n_minibatches: Into how many groups of environments a rollout is
-            split. n_epochs: Passes over each rollout. gamma: Discount. gae_lambda: Trade-off of the advantage
-            estimate. clip_range: How far the ratio of probabilities may go from 1. clip_range_vf: How far the
-            critic may move in one update; None for no limit. normalize_advantage: Whether advantages get mean
-            0 and deviation 1 in each minibatch. ent_coef: Weight of the entropy bonus. vf_coef: Weight of the
-            critic's loss. max_grad_norm: Gradients are scaled down to at most this norm. target_kl: An update
-            stops early beyond 1.5 times this divergence; None for never. feature_dtype: How frozen features
-            are stored. imitation: The expert's part; None for none. stats_window_size: Over how many newest
-            episodes measures are averaged. tensorboard_log: Folder of TensorBoard logs. policy_kwargs: Given
-            to the policy class. verbose: 0 for silent. seed: Of the policy's start, its sampling and the
-            order of minibatches. device: Where everything lives.
+            env: An SB3 VecEnv, stepped by tensors where it can, or a Gymnasium environment.
+            learning_rate: Or a schedule of it, see :class:`navagent.learning.schedules.LearningRate`.
+            n_steps: Length of a rollout T; also how far gradients flow back through time.
+            n_minibatches: Into how many groups of environments a rollout is split.
+            feature_dtype: How frozen features are stored.
+            imitation: The expert's part; None for none.
         """
         self.n_minibatches = n_minibatches
         self.n_epochs = n_epochs

@@ -46,7 +46,7 @@ def test_who_acts_is_drawn_anew_after_so_many_steps_on_average():
         changes += int((now != before).sum())
         before = now
     # A new draw changes who acts half of the time.
-    assert 100 * 1000 / 20 / 2 == pytest.approx(changes, rel=0.1)
+    assert changes == pytest.approx(100 * 1000 / 20 / 2, rel=0.1)
 
 
 def test_at_first_the_learner_stops_only_where_the_expert_would():

@@ -18,6 +18,7 @@ from torch import Tensor
 from envs.scenes import detour_mesh, detour_moves, detour_paths
 from envs.scenes.detour_mesh import Meshes, Scratch
 from envs.scenes.navmesh import NavMesh
+from envs.warp_runtime import start_warp
 
 # Nodes that Habitat gives a search; longer searches count as failed there, and so here.
 _MAX_NODES = 2048
@@ -66,7 +67,7 @@ class PathFinder:
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        wp.init()
+        start_warp()
         self._warp_device = wp.device_from_torch(self.device)
         self._num_threads = num_threads if self.device.type == "cpu" else 1
         self._executor: ThreadPoolExecutor | None = None

@@ -21,6 +21,7 @@ from envs.simulators.base import SensorKind, SensorSpec
 from envs.simulators.raycast import kernels
 from envs.simulators.raycast.bvh import Node, build_bvh
 from envs.simulators.raycast.textures import MIPMAP_CODES, WRAP_CODES, pack_textures
+from envs.warp_runtime import start_warp
 
 _CHANNELS: dict[SensorKind, tuple[int, ...]] = {"rgb": (3,), "depth": (), "normals": (3,), "instance": ()}
 _DTYPES: dict[SensorKind, torch.dtype] = {
@@ -103,7 +104,7 @@ class Renderer:
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        wp.init()
+        start_warp()
         self._warp_device = wp.device_from_torch(self.device)
         # Compiled here (once a machine; then cached on disk), before threads could all try to.
         wp.load_module(kernels, device=self._warp_device, block_dim=1 if self.device.type == "cpu" else 256)

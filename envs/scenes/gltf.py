@@ -35,6 +35,10 @@ MAX_TRIANGLES = 1 << 25
 """Most triangles a scene may have; a small file can ask for any number by instancing one mesh."""
 _MAX_ZERO_FILLED = 1 << 24
 """Most elements of an accessor that has no bytes in the file (all zero, as the specification allows)."""
+_FREE_TEXELS = 1 << 27
+"""Texels that a scene's images may unpack to however small they are packed: 512 MiB."""
+_TEXELS_PER_BYTE = 64
+"""Texels that each byte of its images allows beyond that; photographs and paintings have about four."""
 _COMPONENTS: dict[int, np.dtype[Any]] = {
     5120: np.dtype("<i1"),
     5121: np.dtype("<u1"),
@@ -241,6 +245,8 @@ class _Reader:
         self.binary = binary
         self.buffers: dict[int, bytes] = {}
         self.images: dict[int, npt.NDArray[np.uint8] | None] = {}
+        self.num_texels = 0
+        self.image_bytes = 0
         self.compressed_textures = 0
         self.num_triangles = 0
 
@@ -421,6 +427,7 @@ class _Reader:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 picture: Image.Image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
+                self.count_texels(picture.size, len(data))
                 if picture.mode.startswith("I"):
                     # 16-bit grey, which Pillow would cut off at 255.
                     wide = np.asarray(picture, dtype=np.int64)
@@ -437,6 +444,16 @@ class _Reader:
         ) as error:
             raise self.fail(f"{where} cannot be read as PNG or JPEG: {error}") from error
         return np.ascontiguousarray(pixels)
+
+    def count_texels(self, size: tuple[int, int], packed: int) -> None:
+        """Counts an image before it is unpacked; a few kilobytes of PNG can ask for gigabytes."""
+        self.num_texels += size[0] * size[1]
+        self.image_bytes += packed
+        if self.num_texels > max(_FREE_TEXELS, _TEXELS_PER_BYTE * self.image_bytes):
+            raise self.fail(
+                f"its images unpack to {self.num_texels} texels or more from {self.image_bytes} bytes, far "
+                "more than pictures do; make them smaller"
+            )
 
     def texture(self, index: Any, material: Material) -> Material:
         """The material with a texture (None if its pixels cannot be read) and its sampler's settings."""

@@ -510,6 +510,8 @@ def _parse(data: bytes) -> NavMesh:
     settings = None
     if version >= 2:
         settings = NavMeshSettings(*_SETTINGS.unpack(reader.take(_SETTINGS.size, "the settings")))
+        if not np.isfinite(astuple(settings)).all():
+            raise NavMeshError(f"the settings hold numbers that are not finite: {settings}")
     tiles = []
     for number in range(num_tiles):
         reference, size = _TILE_PREFIX.unpack(reader.take(_TILE_PREFIX.size, f"the header of tile {number}"))
@@ -821,15 +823,14 @@ def _connect_borders(navmesh: NavMesh, across: list[list[tuple[int, int, int, in
                 span = [int(np.floor(np.clip(end, 0.0, 1.0) * 255.0 + 0.5)) for end in ends]
                 across[offset + polygon].append((target_offset + other, edge, span[0], span[1], side >> 1))
 
-    for new in range(len(navmesh.tiles)):
-        tile = navmesh.tiles[new]
+    earlier: dict[tuple[int, int], list[int]] = {}
+    for new, tile in enumerate(navmesh.tiles):
         for side in (None, *range(8)):
             step = (0, 0) if side is None else _SIDES[side]
-            for old in range(new):
-                other = navmesh.tiles[old]
-                if (other.x, other.y) == (tile.x + step[0], tile.y + step[1]):
-                    link(new, old, side)
-                    link(old, new, None if side is None else (side + 4) % 8)
+            for old in earlier.get((tile.x + step[0], tile.y + step[1]), []):
+                link(new, old, side)
+                link(old, new, None if side is None else (side + 4) % 8)
+        earlier.setdefault((tile.x, tile.y), []).append(new)
 
 
 def _overlap(

@@ -197,7 +197,8 @@ def _checked_geometry(
     used, flat = np.unique(faces, return_inverse=True)
     points, faces = points[used], flat.reshape(-1, 3).astype(np.int32)
     a, b, c = (points[faces[:, k]] for k in range(3))
-    faces = faces[(np.cross(b - a, c - a) != 0).any(axis=1)]
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows has area, and is too large later on
+        faces = faces[(np.cross(b - a, c - a) != 0).any(axis=1)]
     if not len(faces):
         raise NavMeshError("no triangle of the scene has any area, so there is no floor to walk on")
     return points, faces

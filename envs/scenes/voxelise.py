@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from envs.scenes import navmesh_kernels as kernels
 from envs.scenes.navmesh import NavMeshError
+from envs.warp_runtime import start_warp
 
 NO_SPAN = -1
 """Neighbour of a span on a side where no step leads."""
@@ -25,6 +26,8 @@ SIDES = ((-1, 0), (0, 1), (1, 0), (0, -1))
 
 _MAX_COLUMNS = 1 << 26
 _MAX_HEIGHT = 8191
+_MAX_PIECES = 1 << 28
+"""Cells that all triangles together may pass through, each a few numbers of memory."""
 _OPEN = 0xFFFF
 _FAR = 255
 
@@ -84,19 +87,17 @@ def find_floor(vertices: NDArray[np.float32], triangles: NDArray[np.int32], sett
     Raises:
         NavMeshError: The scene is too large for voxels of this size.
     """
+    start_warp()
     origin, top = vertices.min(axis=0), vertices.max(axis=0)
     size = np.float32(settings.cell_size)
     # In single precision throughout, as Recast does: walls often lie exactly between two cells.
-    width, depth = (
-        int(cells) for cells in ((top - origin)[[0, 2]] / size + np.float32(0.5)).astype(np.int64)
-    )
-    if width * depth > _MAX_COLUMNS or (top[1] - origin[1]) / settings.cell_height > _MAX_HEIGHT:
-        extent = " x ".join(f"{length:.1f}" for length in top - origin)
-        raise NavMeshError(
-            f"the scene is {extent} m, too large for voxels of {settings.cell_size} m by "
-            f"{settings.cell_height} m; check its scale (stage config) or take larger voxels"
-        )
-    width, depth = max(width, 1), max(depth, 1)
+    with np.errstate(over="ignore"):  # what overflows is too large
+        extent = top - origin
+        cells = np.maximum(extent[[0, 2]] / size + np.float32(0.5), np.float32(1))
+        height_cells = extent[1] / np.float32(settings.cell_height)
+    if float(cells[0]) * float(cells[1]) > _MAX_COLUMNS or height_cells > _MAX_HEIGHT:
+        raise NavMeshError(_too_large(extent, settings))
+    width, depth = int(cells[0]), int(cells[1])
     starts, lows, highs, areas = _solid_spans(vertices, triangles, settings, origin, top, width, depth)
     columns = width * depth
     spans = [kernels.integers(part) for part in (starts, lows, highs)]
@@ -135,6 +136,14 @@ def find_floor(vertices: NDArray[np.float32], triangles: NDArray[np.int32], sett
         y=y.numpy(),
         neighbours=links,
         walkable=distance >= 2 * settings.walkable_radius,
+    )
+
+
+def _too_large(extent: NDArray[np.float32], settings: VoxelSettings) -> str:
+    size = " x ".join(f"{length:.1f}" for length in extent)
+    return (
+        f"the scene is {size} m, too large for voxels of {settings.cell_size} m by {settings.cell_height} m; "
+        "check its scale (stage config) or take larger voxels"
     )
 
 
@@ -192,8 +201,10 @@ def _solid_spans(
         [corners, indices, *grid, slope, nothing, counts, nothing, nothing, nothing, nothing],
         device="cpu",
     )
-    offsets = np.zeros(len(triangles) + 1, dtype=np.int32)
+    offsets = np.zeros(len(triangles) + 1, dtype=np.int64)
     np.cumsum(counts.numpy(), out=offsets[1:])
+    if offsets[-1] > _MAX_PIECES:
+        raise NavMeshError(_too_large(top - origin, settings))
     pieces = [wp.empty(int(offsets[-1]), dtype=wp.int32, device="cpu") for _ in range(4)]
     wp.launch(
         kernels.rasterise,

@@ -533,6 +533,26 @@ def test_instancing_cannot_blow_up_a_small_file(glb, monkeypatch):
         load_scene(maker.glb(glb))
 
 
+def test_images_cannot_blow_up_a_small_file(glb, monkeypatch):
+    flat = png(np.full((512, 512, 3), 7))
+    monkeypatch.setattr(gltf, "_FREE_TEXELS", 2**18)
+    assert load_scene(textured(None, flat).glb(glb)).materials[0].texture.shape == (512, 512, 4)
+    maker = textured(None, flat)
+    maker.document["images"].append({"bufferView": maker.view(flat)})
+    maker.document["textures"].append({"source": 1})
+    maker.document["materials"].append({"pbrMetallicRoughness": {"baseColorTexture": {"index": 1}}})
+    maker.document["nodes"].append({"mesh": 1})
+    maker.document["scenes"] = [{"nodes": [0, 1]}]
+    (primitive,) = maker.document["meshes"][0]["primitives"]
+    maker.document["meshes"].append({"primitives": [primitive | {"material": 1}]})
+    with pytest.raises(SceneError, match=r"scene\.glb: its images unpack to 524288 texels"):
+        load_scene(maker.glb(glb))
+    # Pictures with as many bytes as pictures have are not held up.
+    monkeypatch.setattr(gltf, "_FREE_TEXELS", 0)
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3))
+    assert load_scene(textured(None, png(noise)).glb(glb)).materials[0].texture.shape == (64, 64, 4)
+
+
 @pytest.mark.parametrize(
     ("uri", "fault"),
     [

@@ -218,6 +218,7 @@ class TestFaultyFiles:
             (8, "i", 2**31 - 1, "truncated"),
             (12, "f", float("nan"), "tile grid"),
             (24, "f", 0.0, "tile grid"),
+            (44, "f", float("nan"), "settings hold numbers that are not finite"),
             (TILE_PREFIX + 4, "i", 2**31 - 1, "truncated"),
             (TILE_PREFIX + 4, "i", -5, "needs -5 bytes"),
             (TILE, "i", 1, "magic"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from envs.scenes import navmesh_build
+from envs.scenes import navmesh_build, voxelise
 from envs.scenes.gltf import load_scene
 from envs.scenes.navmesh import NavMesh, NavMeshError, read_navmesh
 from envs.scenes.navmesh_build import build_navmesh, navmesh_for
@@ -348,11 +348,22 @@ def test_same_geometry_gives_the_same_mesh():
     ([(0, 0, 0), (0, 0, 1), (1, 0, 0)], [(0, 1, 3)], "0 to 3 must index 3 vertices"),
     ([(0, 0, 0), (0, 0, 1), (1, 0, 0)], [(0, -1, 2)], "-1 to 2 must index 3 vertices"),
     ([(0, 0, 0), (0, 0, 1e6), (1e6, 0, 0)], [(0, 1, 2)], "too large for voxels"),
+    ([(0, 0, 0), (0, 0, 1), (1e30, 0, 0)], [(0, 1, 2)], "too large for voxels"),
+    ([(0, 0, 0), (0, 0, 0.01), (1e9, 0, 0)], [(0, 1, 2)], "too large for voxels"),
+    ([(-3e38, 0, 0), (0, 0, 1), (3e38, 0, 0)], [(0, 1, 2)], "too large for voxels"),
     ([(0, 0, 0), (0, 0, 0.5), (0.5, 0, 0)], [(0, 1, 2)], "less than 1.0 m2"),
 ])  # fmt: skip
 def test_bad_geometry_is_named(vertices, triangles, message):
     with pytest.raises(NavMeshError, match=message):
         build_navmesh(np.array(vertices, dtype=float), np.array(triangles, dtype=int), AGENT)
+
+
+def test_large_triangles_may_not_lie_over_each_other_without_end(monkeypatch):
+    blocks = Blocks().floor(0, 0, 4, 4)
+    monkeypatch.setattr(voxelise, "_MAX_PIECES", 2 * 80 * 80)
+    blocks.mesh()
+    with pytest.raises(NavMeshError, match="too large for voxels"):
+        blocks.floor(0, 0, 4, 4).floor(0, 0, 4, 4).mesh()
 
 
 def test_a_scene_on_its_side_gets_a_hint():

@@ -11,8 +11,9 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,11 @@ SCENE_PREFIX = "data/scene_datasets/"
 """What Habitat's published episode files put before a scene's path; stripped to find the file."""
 
 _DEFAULT_CONTENT = "{data_path}/content/{scene}.json.gz"
-_MAX_FILE_BYTES = 4 << 30  # the largest published split unpacks to about 3 GB; more is a decompression bomb
+# The largest published split unpacks to about 3 GB, and episodes to some ten times their packed size; what
+# asks for more memory is a decompression bomb.
+_MAX_FILE_BYTES = 4 << 30
+_MAX_RATIO = 100
+_ALWAYS_ALLOWED = 64 << 20
 
 
 class EpisodeError(ValueError):
@@ -79,12 +84,12 @@ def read_dataset(split_file: str | Path, scenes: Sequence[str] | None = None) ->
     content = header.get("content_scenes_path", _DEFAULT_CONTENT)
     if not isinstance(content, str) or content.count("{scene}") != 1:
         raise EpisodeError(
-            f"{split_file}: content_scenes_path is {content!r}; expected a text with one {{scene}}, "
+            f"{split_file}: content_scenes_path is {_shown(content)}; expected a text with one {{scene}}, "
             f"such as {_DEFAULT_CONTENT!r}"
         )
     # Plain replacement, because str.format on a text from a file would look up attributes it names.
     before, after = content.replace("{data_path}", str(split_file.parent)).split("{scene}")
-    if Path(before).is_dir():
+    if _is(Path(before), Path.is_dir):
         available = sorted(p.name[: -len(after)] for p in Path(before).iterdir() if p.name.endswith(after))
         names = available if scenes is None else list(scenes)
         if missing := sorted(set(names) - set(available)):
@@ -163,10 +168,10 @@ def find_scene(scene_id: str, scenes_dir: str | Path) -> Path:
     tried = [scenes_dir / stripped, scenes_dir / scene_id, scenes_dir / Path(stripped).name]
     tried = list(dict.fromkeys(tried))
     for path in tried:
-        if path.is_file():
+        if _is(path, Path.is_file):
             return path
     raise EpisodeError(
-        f"scene {scene_id!r} not found; tried {', '.join(map(str, tried))}. "
+        f"scene {scene_id[:200]!r} not found; tried {', '.join(str(path)[:400] for path in tried)}. "
         "Give the folder that holds the scenes as scenes_dir"
     )
 
@@ -294,17 +299,21 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as raw:
             compressed = raw.read(2) == b"\x1f\x8b"
+            size = raw.seek(0, os.SEEK_END)
             raw.seek(0)
+            limit = min(_MAX_FILE_BYTES, max(_MAX_RATIO * size, _ALWAYS_ALLOWED))
             with gzip.GzipFile(fileobj=raw) if compressed else raw as stream:
-                data = stream.read(_MAX_FILE_BYTES + 1)
+                data = stream.read(limit + 1)
     except FileNotFoundError:
         raise EpisodeError(f"{path}: no such episode file") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise EpisodeError(f"{path}: truncated or damaged gzip file ({error}); fetch it again") from None
     except OSError as error:
         raise EpisodeError(f"{path}: cannot be read ({error.strerror or error})") from None
-    if len(data) > _MAX_FILE_BYTES:
-        raise EpisodeError(f"{path}: unpacks to more than {_MAX_FILE_BYTES >> 30} GiB; not an episode file")
+    if len(data) > limit:
+        raise EpisodeError(
+            f"{path}: {size} bytes unpack to more than {limit}, as episodes never do; not an episode file"
+        )
     try:
         value = json.loads(data)
     except RecursionError:
@@ -425,6 +434,14 @@ def _numbers(what: str, value: Any, count: int) -> list[float]:
 def _triple(values: Sequence[float]) -> tuple[float, float, float]:
     x, y, z = values
     return float(x), float(y), float(z)
+
+
+def _is(path: Path, kind: Callable[[Path], bool]) -> bool:
+    """Whether there is a file or folder of a name from a file, which may be longer than any name can be."""
+    try:
+        return kind(path)
+    except OSError:
+        return False
 
 
 def _shown(value: Any) -> str:

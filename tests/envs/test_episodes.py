@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from envs import episodes as episodes_module
 from envs.episodes import (
     Episode,
     EpisodeError,
@@ -165,6 +166,24 @@ def test_a_hostile_file_gives_an_error_that_names_it(tmp_path, data, fault):
     with pytest.raises(EpisodeError, match=fault) as error:
         read_dataset(write_raw(tmp_path / "bad.json.gz", data))
     assert "bad.json.gz" in str(error.value)
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(episodes_module, "_ALWAYS_ALLOWED", 1000)
+    path = write_raw(tmp_path / "bomb.json.gz", b'{"episodes": []}' + b" " * 10**6)
+    with pytest.raises(EpisodeError, match=r"bomb\.json\.gz: \d+ bytes unpack to more than"):
+        read_dataset(path)
+    many = [episode(str(number)) for number in range(500)]
+    write_dataset(many, tmp_path / "val.json.gz", per_scene=False)
+    assert read_dataset(tmp_path / "val.json.gz") == many
+
+
+def test_names_longer_than_any_file_has_are_not_found(tmp_path):
+    with pytest.raises(EpisodeError, match="not found") as error:
+        find_scene("a" * 10**6, tmp_path)
+    assert len(str(error.value)) < 3000
+    header = {"episodes": [entry()], "content_scenes_path": "a" * 5000 + "/{scene}.json.gz"}
+    assert len(read_dataset(write_raw(tmp_path / "val.json.gz", header))) == 1
 
 
 def test_damaged_and_missing_files_are_named(tmp_path):

@@ -170,8 +170,10 @@ class Measures:
     @property
     def _efficiency(self) -> Tensor:
         longer = torch.maximum(self.start_distance, self.path_length)
-        # An episode that starts on its goal and stops there has walked the best path there is.
-        return torch.nan_to_num(self.start_distance / longer, nan=1.0)
+        # An episode that starts on its goal and stops there has walked the best path there is; of one that
+        # starts where no path leads to the goal nobody can say.
+        efficiency = torch.where(longer > 0, self.start_distance / longer, 1.0)
+        return torch.nan_to_num(efficiency, nan=0.0)
 
     def as_dict(self) -> dict[str, Tensor]:
         """Every measure by name, (N,) each; fresh tensors."""

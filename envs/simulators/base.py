@@ -7,6 +7,7 @@ in the world. An agent's position is where its feet are.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,6 +62,9 @@ class SensorSpec:
             raise ValueError(f"sensor {self.name!r}: size {self.height}x{self.width} must be at least 1x1")
         if not 0.0 < self.hfov_deg < 180.0:
             raise ValueError(f"sensor {self.name!r}: hfov_deg {self.hfov_deg} must lie between 0 and 180")
+        for field in ("sensor_height", "pitch_deg"):
+            if not math.isfinite(getattr(self, field)):
+                raise ValueError(f"sensor {self.name!r}: {field} {getattr(self, field)} must be a number")
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,12 @@ class AgentSpec:
 
     def __post_init__(self) -> None:
         for field in ("radius", "height", "forward_step", "turn_angle_deg"):
-            if getattr(self, field) <= 0:
-                raise ValueError(f"agent {field} {getattr(self, field)} must be greater than 0")
+            if not 0.0 < getattr(self, field) < math.inf:
+                raise ValueError(f"agent {field} {getattr(self, field)} must be a number greater than 0")
+        if not 0.0 <= self.max_climb < math.inf:
+            raise ValueError(f"agent max_climb {self.max_climb} must be a number, at least 0")
+        if not 0.0 <= self.max_slope_deg <= 90.0:
+            raise ValueError(f"agent max_slope_deg {self.max_slope_deg} must lie between 0 and 90")
 
 
 class PathQueries(Protocol):

@@ -135,6 +135,22 @@ def test_infinite_distance_gives_finite_rewards_and_measures():
     assert all(v.isfinite().all() for k, v in measures.as_dict().items() if k != "distance_to_goal")
 
 
+def test_where_no_path_led_to_the_goal_nothing_is_efficient():
+    measures = Measures(1, PointNavConfig())
+    one = torch.tensor([0])
+    measures.reset(one, torch.zeros(1, 3), torch.tensor([math.inf]))
+    measures.update(torch.ones(1, 3), torch.tensor([0.1]), torch.ones(1, dtype=torch.bool), one.bool())
+    assert measures.success.all() and measures.spl.item() == 0 and measures.soft_spl.item() == 0
+
+
+def test_stopping_where_one_starts_on_the_goal_is_the_best_path():
+    measures = Measures(1, PointNavConfig())
+    one = torch.tensor([0])
+    measures.reset(one, torch.zeros(1, 3), torch.zeros(1))
+    measures.update(torch.zeros(1, 3), torch.zeros(1), torch.ones(1, dtype=torch.bool), one.bool())
+    assert measures.spl.item() == 1
+
+
 def test_agents_do_not_influence_each_other(task):
     together = task(3)
     alone = task(1)

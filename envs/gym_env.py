@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
-from envs.vector_env import Observations, PointNavVectorEnv
+from envs.vector_env import NO_EPISODE, Observations, PointNavVectorEnv
 
 
 class PointNavEnv(gym.Env[Observations, np.int64]):
@@ -38,7 +38,11 @@ class PointNavEnv(gym.Env[Observations, np.int64]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observations, dict[str, Any]]:
-        """Starts the next episode; with a seed, the first of that seed's stream."""
+        """Starts the next episode; with a seed, the first of that seed's stream.
+
+        Raises:
+            ValueError: the sampler hands out each episode once and has none left.
+        """
         super().reset(seed=seed)
         if seed is None and not self._started:
             # As Gymnasium has it, an environment that was never seeded differs from run to run.
@@ -47,6 +51,11 @@ class PointNavEnv(gym.Env[Observations, np.int64]):
         observations, _ = self.vector_env.reset(
             seed=seed, options={"reset_mask": [True]} if seed is None else None
         )
+        if self.vector_env.current_episodes()[0] == NO_EPISODE:
+            raise ValueError(
+                f"all {len(self.vector_env.sampler.episodes)} episodes were handed out, each once; "
+                "reset with a seed to start from the first again"
+            )
         return self._first(observations), self._info()
 
     def step(self, action: Any) -> tuple[Observations, float, bool, bool, dict[str, Any]]:

@@ -155,6 +155,9 @@ class PointNavVectorEnv(VectorEnv[Observations, Any, Any]):
         if seed is not None:
             self._seed_noise(seed)
         self._start_episodes(np.flatnonzero(mask))
+        if self.sampler.mode == "once":
+            # The resident scenes may be used up, and with one agent nobody else's step would load the next.
+            self._rotate_scenes()
         return self._out(self._observe()), {}
 
     def step(self, actions: Any) -> tuple[Observations, Any, Any, Any, dict[str, Any]]:
@@ -255,8 +258,13 @@ class PointNavVectorEnv(VectorEnv[Observations, Any, Any]):
         self._previous_action = state["previous_action"].to(self.simulator.device).clone()
         self._episode = np.array(state["episode"], dtype=np.int64)
         self._ended = np.array(state["ended"], dtype=bool)
-        self._sensor_generator.set_state(state["sensor_noise"].cpu())
-        self._motion_generator.set_state(state["motion_noise"].cpu())
+        for generator, saved in (
+            (self._sensor_generator, state["sensor_noise"]),
+            (self._motion_generator, state["motion_noise"]),
+        ):
+            # A generator on another kind of device cannot take the state: there its noise starts anew.
+            if saved.shape == generator.get_state().shape:
+                generator.set_state(saved.cpu())
         observations: Observations = self._out(self._observe())
         return observations
 

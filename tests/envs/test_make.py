@@ -109,6 +109,17 @@ def test_unseeded_environments_differ(studio):
     assert len(first | second) > 1
 
 
+def test_a_single_environment_says_when_each_episode_was_handed_out(studio):
+    settings = studio | {"episodes": studio["episodes"][:2]}
+    env = make_env(observations=["pointgoal_with_gps_compass"], mode="once", **settings)
+    assert [env.reset(seed=0)[1]["episode_id"], env.reset()[1]["episode_id"]] == [
+        episode.episode_id for episode in settings["episodes"]
+    ]
+    with pytest.raises(ValueError, match="all 2 episodes were handed out"):
+        env.reset()
+    assert env.reset(seed=0)[1]["episode_id"] == settings["episodes"][0].episode_id
+
+
 def test_a_single_environment_needs_a_batch_of_one(studio):
     with pytest.raises(ValueError, match="not 2, numpy"):
         PointNavEnv(make_vector_env(2, **studio))

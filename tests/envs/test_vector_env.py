@@ -183,6 +183,19 @@ def test_rotating_scenes_show_every_agent_its_own_scene(make, sampling):
     assert all(len(scenes) == 2 for scenes in env.simulator.loads[1:])
 
 
+def test_one_agent_gets_each_episode_of_rotating_scenes_at_its_reset(make):
+    env = make(1, sampling={"mode": "once", "max_resident_scenes": 2}, autoreset_mode=AutoresetMode.DISABLED)
+    env.reset(seed=0)
+    seen = env.current_episodes()
+    for _ in range(8):
+        env.reset(options={"reset_mask": [True]})
+        assert env.active.all()
+        seen += env.current_episodes()
+    assert sorted(seen) == list(range(9))
+    env.reset(options={"reset_mask": [True]})
+    assert not env.active.any()
+
+
 def test_curriculum_applies_to_new_episodes(make):
     env = make(num=30)
     env.reset(seed=0)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import os
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,18 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from envs.files import atomic_write
+from envs.files import atomic_write, read_unpacked
 from envs.simulators.base import PathQueries
 
 SCENE_PREFIX = "data/scene_datasets/"
 """What Habitat's published episode files put before a scene's path; stripped to find the file."""
 
 _DEFAULT_CONTENT = "{data_path}/content/{scene}.json.gz"
-# The largest published split unpacks to about 3 GB, and episodes to some ten times their packed size; what
-# asks for more memory is a decompression bomb.
-_MAX_FILE_BYTES = 4 << 30
-_MAX_RATIO = 100
-_ALWAYS_ALLOWED = 64 << 20
 
 
 class EpisodeError(ValueError):
@@ -297,23 +291,15 @@ def _keeps_rules(
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a ``.json.gz`` or ``.json`` file."""
     try:
-        with path.open("rb") as raw:
-            compressed = raw.read(2) == b"\x1f\x8b"
-            size = raw.seek(0, os.SEEK_END)
-            raw.seek(0)
-            limit = min(_MAX_FILE_BYTES, max(_MAX_RATIO * size, _ALWAYS_ALLOWED))
-            with gzip.GzipFile(fileobj=raw) if compressed else raw as stream:
-                data = stream.read(limit + 1)
+        data = read_unpacked(path)
     except FileNotFoundError:
         raise EpisodeError(f"{path}: no such episode file") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise EpisodeError(f"{path}: truncated or damaged gzip file ({error}); fetch it again") from None
     except OSError as error:
         raise EpisodeError(f"{path}: cannot be read ({error.strerror or error})") from None
-    if len(data) > limit:
-        raise EpisodeError(
-            f"{path}: {size} bytes unpack to more than {limit}, as episodes never do; not an episode file"
-        )
+    except ValueError as error:
+        raise EpisodeError(f"{path}: {error}") from None
     try:
         value = json.loads(data)
     except RecursionError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal
 from gymnasium.vector import AutoresetMode
 
 from envs.episodes import Episode, EpisodeError, find_scene, read_dataset
+from envs.files import cache_dir
 from envs.gym_env import PointNavEnv
 from envs.noise import NoiseConfig
 from envs.sampler import EpisodeSampler
@@ -23,16 +23,13 @@ _DEFAULT_HOMES = 10  # enough for variety, few enough to make while one waits
 
 
 def default_dataset() -> Path:
-    """A small data set of generated homes in the cache, made where it is not there yet.
-
-    The cache is ``$NAVAGENT_CACHE``, else ``~/.cache/navagent``.
-    """
+    """A small data set of generated homes in the cache, made where it is not there yet."""
     from envs.scenes.homes.dataset import FORMAT, HomesSpec, write_homes
 
-    cache = Path(os.environ.get("NAVAGENT_CACHE") or Path.home() / ".cache" / "navagent")
     spec = HomesSpec(num=_DEFAULT_HOMES)
+    folder = cache_dir() / "homes" / f"v{FORMAT}-seed{spec.seed}-num{spec.num}"
     # One process: a caller's script need not be safe to start again, as new processes would require.
-    return write_homes(cache / "homes" / f"v{FORMAT}-seed{spec.seed}-num{spec.num}", spec, num_workers=1)
+    return write_homes(folder, spec, num_workers=1)
 
 
 def split_file(dataset: str | Path, split: str) -> Path:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from dataclasses import astuple
 from math import ceil, floor
@@ -19,6 +18,7 @@ from urllib.parse import unquote
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from envs import files
 from envs.scenes.floor_detail import follow_floor
 from envs.scenes.gltf import load_scene
 from envs.scenes.navmesh import (
@@ -146,7 +146,8 @@ def navmesh_for(scene_path: str | Path, agent: AgentSpec, cache_dir: str | Path 
             f"{agent.height:.3g} m; a navigation mesh is built from the geometry instead",
             stacklevel=2,
         )
-    cached = _cache_folder(cache_dir) / f"{_cache_key(scene_path, agent)}.navmesh"
+    folder = files.cache_dir() / "navmesh" if cache_dir is None else Path(cache_dir)
+    cached = folder / f"{_cache_key(scene_path, agent)}.navmesh"
     if cached.is_file():
         try:
             return read_navmesh(cached)
@@ -239,13 +240,6 @@ def _fits(settings: NavMeshSettings, agent: AgentSpec) -> bool:
         abs(settings.agent_radius - agent.radius) < _SAME_SIZE
         and abs(settings.agent_height - agent.height) < _SAME_SIZE
     )
-
-
-def _cache_folder(cache_dir: str | Path | None) -> Path:
-    if cache_dir is not None:
-        return Path(cache_dir)
-    root = os.environ.get("NAVAGENT_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "navagent") / "navmesh"
 
 
 def _cache_key(scene_path: Path, agent: AgentSpec) -> str:

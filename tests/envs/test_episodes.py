@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from envs import episodes as episodes_module
+from envs import files
 from envs.episodes import (
     Episode,
     EpisodeError,
@@ -169,9 +169,9 @@ def test_a_hostile_file_gives_an_error_that_names_it(tmp_path, data, fault):
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
-    monkeypatch.setattr(episodes_module, "_ALWAYS_ALLOWED", 1000)
+    monkeypatch.setattr(files, "_ALWAYS_ALLOWED", 1000)
     path = write_raw(tmp_path / "bomb.json.gz", b'{"episodes": []}' + b" " * 10**6)
-    with pytest.raises(EpisodeError, match=r"bomb\.json\.gz: \d+ bytes unpack to more than"):
+    with pytest.raises(EpisodeError, match=r"bomb\.json\.gz: its \d+ bytes unpack to more than"):
         read_dataset(path)
     many = [episode(str(number)) for number in range(500)]
     write_dataset(many, tmp_path / "val.json.gz", per_scene=False)

@@ -8,7 +8,6 @@ episodes in ``pointnav/SPLIT``.
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 import sys
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from envs.episodes import Episode, EpisodeError, read_dataset
+from envs.files import read_unpacked
 from envs.sensors import point_goal, wrap_angle
 from envs.simulators.base import Action, AgentSpec, PathQueries, SensorSpec
 from envs.task import Measures, PointNavConfig
@@ -37,12 +37,13 @@ OBSTACLE_LIMIT = 10.0
 """The recorded distances to obstacles are capped at this [m]."""
 TASK_TOLERANCE = 0.001
 """What the task may be off by, in every quantity's own unit."""
+_NO_NUMBER = 1e9  # stands for errors that are none, because JSON has neither infinity nor NaN
 _COLLISION_EPS = 1e-5  # [m2] Habitat's: squared length by which a move must be cut short
 
 Answers = dict[str, NDArray[Any]]
 
 
-class ReferenceError(ValueError):
+class RecordingError(ValueError):
     """A folder of recordings that is missing or broken; the message names the file and the fault."""
 
 
@@ -79,7 +80,7 @@ def run(folder: str | Path, as_json: bool = False) -> int:
     """
     try:
         rows = check_reference(folder)
-    except ReferenceError as error:
+    except RecordingError as error:
         print(f"navagent reference: {error}", file=sys.stderr)
         return 2
     passed = all(row.passed is not False for row in rows)
@@ -99,16 +100,16 @@ def check_reference(folder: str | Path, device: str = "cpu") -> list[Row]:
         device: where to simulate.
 
     Raises:
-        ReferenceError: the folder holds no recordings, or something in it cannot be read.
+        RecordingError: the folder holds no recordings, or something in it cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ReferenceError(f"{folder} is not a folder; give one with recordings (NAME.glb, NAME.json, ...)")
+        raise RecordingError(f"{folder} is not a folder; give one with recordings (NAME.glb, NAME.json, ...)")
     described = {path.stem for path in folder.glob("*.json") if path.with_suffix(".glb").is_file()}
     recorded = {path.name.removesuffix(".reference.npz") for path in folder.glob("*.reference.npz")}
     names = sorted(described | recorded)
     if not names:
-        raise ReferenceError(f"{folder} holds no scene with recordings (no NAME.glb beside a NAME.json)")
+        raise RecordingError(f"{folder} holds no scene with recordings (no NAME.glb beside a NAME.json)")
     traces, episodes = _read_traces(folder), _read_episodes(folder)
     rows: list[Row] = []
     for name in names:
@@ -116,14 +117,14 @@ def check_reference(folder: str | Path, device: str = "cpu") -> list[Row]:
         try:
             rows += _check_scene(folder, name, description, device)
             rows += _check_task(name, traces.get(name), episodes, description)
-        except ReferenceError:
+        except RecordingError:
             raise
         except KeyError as error:
-            raise ReferenceError(f"scene {name} of {folder}: its recordings lack {error}") from error
+            raise RecordingError(f"scene {name} of {folder}: its recordings lack {error}") from error
         except (TypeError, ValueError, OSError) as error:
-            raise ReferenceError(f"scene {name} of {folder}: {error}") from error
+            raise RecordingError(f"scene {name} of {folder}: {error}") from error
     if all(row.value is None for row in rows):
-        raise ReferenceError(f"{folder} holds scenes, but nothing that Habitat answered about them")
+        raise RecordingError(f"{folder} holds scenes, but nothing that Habitat answered about them")
     return rows
 
 
@@ -309,9 +310,9 @@ def _check_task(
     for trace in traces or []:
         episode = episodes.get((name, str(trace["episode_id"])))
         if episode is None:
-            raise ReferenceError(f"trace of scene {name}: there is no episode {trace['episode_id']} of it")
+            raise RecordingError(f"trace of scene {name}: there is no episode {trace['episode_id']} of it")
         for quantity, error in _trace_errors(trace, episode, description):
-            errors[quantity].append(error)
+            errors[quantity].append(error if math.isfinite(error) else _NO_NUMBER)
     for quantity, title in TASK_QUANTITIES.items():
         found = np.array(errors[quantity]) if errors[quantity] else None
         unit = {"pointgoal": "m, rad", "distance_to_goal": "m"}.get(quantity, "")
@@ -322,16 +323,28 @@ def _trace_errors(
     trace: dict[str, Any], episode: Episode, description: dict[str, Any]
 ) -> Iterator[tuple[str, float]]:
     """Largest error of each quantity along one trace."""
+    where = f"trace of episode {episode.episode_id} in {episode.scene_id}"
     steps = len(trace["actions"])
-    for key, count in (("position", 1), ("pointgoal", 1), ("distance_to_goal", 1), ("reward", 0)):
-        if steps == 0 or len(trace[key]) != steps + count:
-            raise ReferenceError(
-                f"trace of episode {episode.episode_id} in {episode.scene_id}: it has {steps} actions and "
-                f"{len(trace[key])} values of {key}, expected at least one action and {count} more values"
+    if steps == 0:
+        raise RecordingError(f"{where}: it has no actions")
+
+    def recorded(key: str, *shape: int) -> Tensor:
+        try:
+            values = torch.tensor(trace[key], dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: numbers beyond any type
+            raise RecordingError(f"{where}: {key} does not hold numbers alone: {error}") from error
+        if values.shape != shape:
+            raise RecordingError(
+                f"{where}: {key} has shape {tuple(values.shape)}, expected {shape} for {steps} actions"
             )
-    position = torch.tensor(trace["position"], dtype=torch.float32)
-    distance = torch.tensor(trace["distance_to_goal"], dtype=torch.float32)
-    actions = torch.tensor(trace["actions"])
+        return values
+
+    actions = recorded("actions", steps)
+    if not torch.isin(actions, torch.arange(len(Action)).float()).all():
+        raise RecordingError(f"{where}: actions {sorted(set(trace['actions']))} must be 0, 1, 2 or 3")
+    position = recorded("position", steps + 1, 3)
+    distance = recorded("distance_to_goal", steps + 1)
+    pointgoal, reward = recorded("pointgoal", steps + 1, 2), recorded("reward", steps)
     measures = Measures(1, PointNavConfig())
     measures.reset(torch.tensor([0]), position[:1], distance[:1])
     rewards, distances = [], [measures.distance.clone()]
@@ -347,10 +360,12 @@ def _trace_errors(
     turned = torch.cat([torch.zeros(1, dtype=torch.float64), turns.cumsum(0)])
     yaw = (episode.start_yaw + math.radians(description["turn_angle_deg"]) * turned).float()
     goal = torch.tensor(episode.goal_position).expand_as(position)
-    off = point_goal(goal, position, yaw) - torch.tensor(trace["pointgoal"])
+    off = point_goal(goal, position, yaw) - pointgoal
     yield "pointgoal", float(torch.stack([off[:, 0], wrap_angle(off[:, 1])]).abs().max())
-    yield "reward", float((torch.cat(rewards) - torch.tensor(trace["reward"])).abs().max())
-    yield "distance_to_goal", float((torch.cat(distances) - distance).abs().max())
+    yield "reward", float((torch.cat(rewards) - reward).abs().max())
+    # Where both are infinite they agree.
+    ours = torch.cat(distances)
+    yield "distance_to_goal", float(torch.where(ours == distance, 0.0, (ours - distance).abs()).max())
     ended = measures.as_dict()
     for quantity in ("success", "spl", "soft_spl", "collisions"):
         yield quantity, abs(float(ended[quantity]) - float(trace["metrics"][quantity]))
@@ -419,10 +434,9 @@ def _agent(description: dict[str, Any], sliding: bool) -> AgentSpec:
 
 def _read_json(path: Path) -> Any:
     try:
-        content = path.read_bytes()
-        return json.loads(gzip.decompress(content) if path.suffix == ".gz" else content)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise ReferenceError(f"{path} cannot be read as JSON: {error}") from error
+        return json.loads(read_unpacked(path))
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
+        raise RecordingError(f"{path} cannot be read as JSON: {error}") from error
 
 
 def _read_description(path: Path) -> dict[str, Any]:
@@ -431,18 +445,18 @@ def _read_description(path: Path) -> dict[str, Any]:
 
     def check(owner: Any, what: str, keys: tuple[str, ...]) -> None:
         if not isinstance(owner, dict):
-            raise ReferenceError(f"{path}: {what} is {owner!r}, expected an object")
+            raise RecordingError(f"{path}: {what} is {owner!r}, expected an object")
         for key in keys:
             value = owner.get(key)
             if not isinstance(value, int | float) or not math.isfinite(value):
-                raise ReferenceError(f"{path}: {key} of {what} is {value!r}, expected a number")
+                raise RecordingError(f"{path}: {key} of {what} is {value!r}, expected a number")
 
     check(description, "the scene", ("forward_step", "turn_angle_deg"))
     agent = ("agent_radius", "agent_height", "agent_max_climb", "agent_max_slope")
     check(description.get("navmesh"), "navmesh", (*agent, "cell_size", "cell_height"))
     sensors = description.get("sensors")
     if not isinstance(sensors, list):
-        raise ReferenceError(f"{path}: sensors is {sensors!r}, expected a list")
+        raise RecordingError(f"{path}: sensors is {sensors!r}, expected a list")
     for number, sensor in enumerate(sensors):
         check(sensor, f"sensor {number}", ("height", "width", "hfov_deg", "sensor_height"))
     return description
@@ -459,7 +473,7 @@ def _read_answers(path: Path, cameras: tuple[SensorSpec, ...]) -> Answers:
         with np.load(path, allow_pickle=False) as file:
             found = {name: file[name] for name in file.files}
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise ReferenceError(f"{path} cannot be read as recordings: {error}") from error
+        raise RecordingError(f"{path} cannot be read as recordings: {error}") from error
     answers: Answers = {}
     for questions, replies in _layout(found, cameras):
         if all(name in found and found[name].size for name in questions):
@@ -505,18 +519,18 @@ def _sound(
 ) -> NDArray[Any]:
     """One array in the type that the simulator takes; questions and pictures must be finite."""
     if values.shape != shape:
-        raise ReferenceError(f"{path}: {name} has shape {values.shape}, expected {shape}")
+        raise RecordingError(f"{path}: {name} has shape {values.shape}, expected {shape}")
     whole = name.endswith(("_actions", "_collided", "_is_navigable"))
     if values.dtype.kind not in ("biu" if whole else "fiu"):
-        raise ReferenceError(f"{path}: {name} holds {values.dtype}, expected {'whole ' * whole}numbers")
+        raise RecordingError(f"{path}: {name} holds {values.dtype}, expected {'whole ' * whole}numbers")
     if name.endswith("_actions"):
         if values.min() < 0 or values.max() > 2:
-            raise ReferenceError(f"{path}: {name} go from {values.min()} to {values.max()}, expected 0 to 2")
+            raise RecordingError(f"{path}: {name} go from {values.min()} to {values.max()}, expected 0 to 2")
         return values.astype(np.int64)
     if whole:
         return values.astype(bool)
     if (is_question or name.startswith("view_")) and not np.isfinite(values).all():
-        raise ReferenceError(f"{path}: {name} holds numbers that are not finite")
+        raise RecordingError(f"{path}: {name} holds numbers that are not finite")
     return np.ascontiguousarray(values, np.float32)
 
 
@@ -526,10 +540,10 @@ def _read_traces(folder: Path) -> dict[str, list[dict[str, Any]]]:
         return {}
     traces = _read_json(path)
     if not isinstance(traces, dict):
-        raise ReferenceError(f"{path} holds {type(traces).__name__}, expected a dictionary of scenes")
+        raise RecordingError(f"{path} holds {type(traces).__name__}, expected a dictionary of scenes")
     for name, found in traces.items():
         if not isinstance(found, list) or not all(isinstance(trace, dict) for trace in found):
-            raise ReferenceError(f"{path}: scene {name} is not a list of traces")
+            raise RecordingError(f"{path}: scene {name} is not a list of traces")
     return traces
 
 
@@ -540,7 +554,7 @@ def _read_episodes(folder: Path) -> dict[tuple[str, str], Episode]:
         try:
             found = read_dataset(split)
         except EpisodeError as error:
-            raise ReferenceError(str(error)) from error
+            raise RecordingError(str(error)) from error
         episodes |= {(Path(episode.scene_id).stem, episode.episode_id): episode for episode in found}
     return episodes
 

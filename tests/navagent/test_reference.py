@@ -1,5 +1,6 @@
 import gzip
 import json
+import math
 import shutil
 
 import numpy as np
@@ -76,6 +77,20 @@ def test_wrong_task_answers_are_found(copy):
         json.dump(traces, file)
     failed = {row.what for row in check_reference(copy) if row.passed is False}
     assert failed == {"task: reward, largest error", "task: collisions, largest error"}
+
+
+def test_infinite_distances_agree_with_infinite_ones_and_with_nothing_else(copy, capsys):
+    path = copy / "pointnav_traces.json.gz"
+    traces = json.loads(gzip.decompress(path.read_bytes()))
+    trace = traces["studio"][0]
+    trace["distance_to_goal"] = [math.inf] * len(trace["distance_to_goal"])
+    path.write_bytes(gzip.compress(json.dumps(traces).encode()))
+    rows = {row.what: row for row in check_reference(copy)}
+    assert rows["task: distance to goal, largest error"].passed
+    trace["metrics"]["soft_spl"] = math.nan
+    path.write_bytes(gzip.compress(json.dumps(traces).encode()))
+    assert run(copy, as_json=True) == 1
+    assert "NaN" not in capsys.readouterr().out
 
 
 def test_other_cameras_are_found_by_their_names(copy):
@@ -175,8 +190,12 @@ def test_a_wrong_description_gives_status_2_and_the_fault(copy, capsys, change, 
 
 @pytest.mark.parametrize(("change", "fault"), [
     (lambda traces: traces.update(studio=7), "list of traces"),
-    (lambda traces: traces["studio"][0]["reward"].pop(), "values of reward"),
-    (lambda traces: traces["studio"][1].update(actions=[]), "0 actions"),
+    (lambda traces: traces["studio"][0]["reward"].pop(), "reward has shape"),
+    (lambda traces: traces["studio"][1].update(actions=[]), "no actions"),
+    (lambda traces: traces["studio"][1]["actions"].__setitem__(0, 4), "must be 0, 1, 2 or 3"),
+    (lambda traces: [goal.append(0.0) for goal in traces["studio"][0]["pointgoal"]], "pointgoal has shape"),
+    (lambda traces: traces["studio"][0]["position"][3].pop(), "position does not hold numbers alone"),
+    (lambda traces: traces["studio"][0]["reward"].__setitem__(0, "much"), "reward does not hold numbers"),
     (lambda traces: traces["studio"][1].pop("metrics"), "'metrics'"),
     (lambda traces: traces["studio"][1].update(episode_id="none"), "no episode none"),
 ])  # fmt: skip

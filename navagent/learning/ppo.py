@@ -133,12 +133,14 @@ class PPO(OnPolicyAlgorithm):
                 f"policy {self.policy_class.__name__} lacks {', '.join(missing)}: use "
                 "policies.actor_critic.NavigationPolicy or a policy with the same methods"
             )
-        for count in (self.n_minibatches, self.imitation.num_minibatches or 1):
-            if 1 <= count <= self.n_envs:
-                continue
-            raise ValueError(
-                f"n_minibatches {count} must lie between 1 and the number of environments, {self.n_envs}"
-            )
+        for name, count in (
+            ("n_minibatches", self.n_minibatches),
+            ("imitation num_minibatches", self.imitation.num_minibatches),
+        ):
+            if count is not None and not 1 <= count <= self.n_envs:
+                raise ValueError(
+                    f"{name} {count} must lie between 1 and the number of environments, {self.n_envs}"
+                )
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         self.clip_range = FloatSchedule(self.clip_range)
@@ -431,8 +433,10 @@ class PPO(OnPolicyAlgorithm):
                     break
                 policy.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
-                records["train/grad_norm"].append(norm.detach())
+                norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm).detach()
+                # A finite loss can have gradients that are not, as of a square root at 0.
+                self._check_finite({**record, "train/grad_norm": norm})
+                records["train/grad_norm"].append(norm)
                 policy.optimizer.step()
             self._n_updates += 1
             if stopped:
@@ -485,13 +489,14 @@ class PPO(OnPolicyAlgorithm):
         return loss, record
 
     def _check_finite(self, record: dict[str, Tensor]) -> None:
-        if torch.isfinite(record["train/loss"]):
+        watched = [record[name] for name in ("train/loss", "train/grad_norm") if name in record]
+        if all(bool(value.isfinite()) for value in watched):
             return
         parts = ", ".join(f"{name} {value.item():g}" for name, value in record.items())
         raise FloatingPointError(
-            f"the loss is not finite after {self.num_timesteps} frames ({parts}); the policy was not changed "
-            "by this minibatch. Lower the learning rate or max_grad_norm, or look for infinite rewards or "
-            "observations"
+            f"the loss or its gradient is not finite after {self.num_timesteps} frames ({parts}); the policy "
+            "was not changed by this minibatch. Lower the learning rate or max_grad_norm, or look for "
+            "infinite rewards or observations"
         )
 
     def dump_logs(self, iteration: int = 0) -> None:

@@ -372,7 +372,8 @@ class NumpyVectorEnv:
 
     def expert_actions(self) -> Tensor:
         """Asks the environment's own ``expert_actions``, if it has one."""
-        answers = self.env.env_method("expert_actions")
+        batched = getattr(self.env, "vector_env", None)
+        answers = self.env.env_method("expert_actions") if batched is None else batched.expert_actions().cpu()
         return torch.as_tensor(np.asarray(answers), dtype=torch.int64, device=self.device)
 
     def state_dict(self) -> dict[str, Any]:

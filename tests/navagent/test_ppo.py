@@ -181,6 +181,24 @@ def test_a_loss_that_is_not_finite_is_an_error_and_changes_nothing():
         assert torch.equal(value, before[name])
 
 
+def test_a_gradient_that_is_not_finite_is_an_error_and_changes_nothing(monkeypatch):
+    model = make()
+    model.learn(32)
+    before = parameters(model)
+    evaluate = model.policy.evaluate_sequences
+
+    def edgy(*arguments):
+        values, *rest = evaluate(*arguments)
+        # The square root of 0 is finite, its derivative is not.
+        return (values + (values * 0).sqrt(), *rest)
+
+    monkeypatch.setattr(model.policy, "evaluate_sequences", edgy)
+    with pytest.raises(FloatingPointError, match="train/grad_norm nan"):
+        model.train()
+    for name, value in parameters(model).items():
+        assert torch.equal(value, before[name])
+
+
 def test_target_kl_ends_an_update_early():
     free = make(learning_rate=0.05, n_epochs=10)
     free.learn(32)
@@ -215,6 +233,8 @@ def test_wrong_policies_and_sizes_are_refused():
         ValueError, match="n_minibatches 5 must lie between 1 and the number of environments, 4"
     ):
         make(n_minibatches=5)
+    with pytest.raises(ValueError, match="imitation num_minibatches 5 must lie between 1 and"):
+        make(imitation=ImitationConfig(num_minibatches=5))
 
 
 def test_imitation_hands_over_to_ppo_in_one_training():

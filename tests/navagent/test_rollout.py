@@ -171,3 +171,11 @@ def test_numpy_and_tensor_environments_give_the_same_steps():
             for key in fast.final_observations:
                 assert torch.equal(fast.final_observations[key], plain.final_observations[key])
     assert truncations > 0
+
+
+@pytest.mark.parametrize("output", ["torch", "numpy"])
+def test_a_batched_environments_expert_is_asked_once_for_all(output):
+    world = LineWorld(num_envs=5, seed=3)
+    world.output = output
+    stepper = tensor_env(LineVecEnv(world), torch.device("cpu"))
+    assert stepper.expert_actions().tolist() == world.expert_actions().tolist()

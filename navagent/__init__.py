@@ -8,9 +8,9 @@ from pathlib import Path
 
 from navagent.installation import check_packages
 
-# Threads of OpenMP that wait for each other spin at first. Where anything else runs on the same cores, they spin
-# away the time of those they wait for, and training becomes ten and more times slower. It must be said before
-# torch is loaded.
+# Threads of OpenMP that wait for each other spin at first. Where anything else runs on the same cores, they
+# spin away the time of those they wait for, and training becomes ten and more times slower. It must be said
+# before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # The command checks for itself, and says it without a traceback.

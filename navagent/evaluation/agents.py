@@ -19,8 +19,6 @@ class Agent(ABC):
 
     name: str
     """How tables call it."""
-    needs_observations: bool = False
-    """Whether it looks at observations; the cameras of one that does not need not be rendered."""
 
     def begin(self, env: PointNavVectorEnv, seed: int) -> None:
         """Gets ready for the N agents of ``env``."""
@@ -39,8 +37,6 @@ class Agent(ABC):
 
 class PolicyAgent(Agent):
     """A trained :class:`policies.actor_critic.NavigationPolicy`."""
-
-    needs_observations = True
 
     def __init__(self, policy: Any, name: str = "run", deterministic: bool = False) -> None:
         self.policy, self.name, self.deterministic = policy, name, deterministic

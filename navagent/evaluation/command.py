@@ -193,11 +193,15 @@ def _split(options: EvaluateOptions, config: TrainConfig) -> Split:
     if options.dataset is None:
         return load_split(config, options.split or config.scenes.val_split)
     file = Path(options.dataset).resolve()
+    scenes = options.scenes or config.scenes.scenes_dir or file.parent.parent.parent
+    return read_split(file, Path(scenes).expanduser(), split_name(file))
+
+
+def split_name(file: Path) -> str:
+    """What the split in an episode file is called; the folders above tell gibson/v1/val from mp3d/v1/val."""
     name = file.name.removesuffix(".gz").removesuffix(".json")
-    # The folders above tell gibson/v1/val from mp3d/v1/val.
-    parts = dict.fromkeys([*(folder.name for folder in (file.parents[2], file.parents[1])), name])
-    scenes = options.scenes or config.scenes.scenes_dir or file.parents[2]
-    return read_split(file, Path(scenes).expanduser(), "-".join(filter(None, parts)))
+    above = file.parent.parent
+    return "-".join(dict.fromkeys(filter(None, (above.parent.name, above.name, name))))
 
 
 def _contender_config(run: Run, config: TrainConfig) -> TrainConfig:

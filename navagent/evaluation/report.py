@@ -84,7 +84,7 @@ def write_report(run: Run) -> Path:
     try:
         draw_curves(records, dark, others, DARK)
         parts = [
-            *([_tiles(main, records), _results(main), _videos(main), _maps(main)] if main else []),
+            *([_tiles(config, main, records), _results(main), _videos(main), _maps(main)] if main else []),
             _curves(curves, dark),
             *(_other_evaluation(evaluation) for evaluation in evaluations[1:]),
             _settings(config),
@@ -141,10 +141,21 @@ def _lead(config: TrainConfig, records: list[dict[str, Any]], main: Evaluation |
         return body
     ours = main.agents["run"]
     success = ours["success"]
+    homes = (
+        "homes it had never seen"
+        if _unseen(config, main)
+        else f"homes of {escape(str(main.summary['split']))}"
+    )
     return (
-        f"{body} In homes it had never seen it reached the goal in <b>{success.mean:.0%}</b> of "
+        f"{body} In {homes} it reached the goal in <b>{success.mean:.0%}</b> of "
         f"{_count(main.summary['episodes'], 'episode')}, with an SPL of <b>{ours['spl'].mean:.2f}</b>."
     )
+
+
+def _unseen(config: TrainConfig, evaluation: Evaluation) -> bool:
+    """Whether an evaluation is on the run's own val split, which shares no home with its train split."""
+    scenes = config.scenes
+    return evaluation.summary["split"] == scenes.val_split != scenes.train_split
 
 
 def _tile(name: str, value: str, more: str) -> str:
@@ -154,7 +165,7 @@ def _tile(name: str, value: str, more: str) -> str:
     )
 
 
-def _tiles(main: Evaluation, records: list[dict[str, Any]]) -> str:
+def _tiles(config: TrainConfig, main: Evaluation, records: list[dict[str, Any]]) -> str:
     agent, ours = next(iter(main.agents.items()))
     of = "" if agent == "run" else f" of {agent}"
     tiles = []
@@ -169,7 +180,9 @@ def _tiles(main: Evaluation, records: list[dict[str, Any]]) -> str:
     more = f"success over homes: {over[0]:.2f} – {over[1]:.2f}" if over else ""
     tiles.append(
         _tile(
-            "unseen homes", str(main.summary["scenes"]), more or _count(main.summary["episodes"], "episode")
+            "unseen homes" if _unseen(config, main) else "homes",
+            str(main.summary["scenes"]),
+            more or _count(main.summary["episodes"], "episode"),
         )
     )
     return f'<div class="tiles">{"".join(tiles)}</div>'

@@ -1,5 +1,6 @@
 import json
 import re
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -9,7 +10,13 @@ from rich.console import Console
 
 from navagent.build import load_split, make_vector_env, policy_settings
 from navagent.config import ConfigError, load_config, to_yaml
-from navagent.evaluation.command import EvaluateOptions, as_command, evaluate_run, parse_agents
+from navagent.evaluation.command import (
+    EvaluateOptions,
+    as_command,
+    evaluate_run,
+    parse_agents,
+    split_name,
+)
 from navagent.evaluation.results import read_results
 from navagent.runs import CheckpointError, Run, RunError
 from navagent.scenes import generate
@@ -92,6 +99,12 @@ def test_the_same_seed_gives_the_same_episodes(runs):
     first = (evaluate_run(options) / "episodes.jsonl").read_text()
     assert (evaluate_run(options) / "episodes.jsonl").read_text() == first
     assert first.count("\n") == 3
+
+
+def test_episode_files_are_told_apart_by_their_folders():
+    assert split_name(Path("/data/gibson/v1/val/val.json.gz")) == "gibson-v1-val"
+    assert split_name(Path("/data/homes/episodes/val/val.json.gz")) == "homes-episodes-val"
+    assert split_name(Path("/data/val.json")) == split_name(Path("/val.json.gz")) == "val"
 
 
 def test_an_episode_file_from_elsewhere_gets_a_folder_of_its_own(runs, homes, tmp_path):

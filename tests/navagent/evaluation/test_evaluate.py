@@ -142,7 +142,6 @@ def test_a_policys_memory_starts_anew_with_each_episode(flat_env, make_episode):
 
 
 def test_spread_takes_evenly_from_the_scenes(make_episode):
-    episodes = [make_episode(n, scene=scene) for scene in "aab" for n in range(4)]
     episodes = [make_episode(n, scene="abc"[n // 4]) for n in range(12)]
     chosen = spread(episodes, 5)
     assert [episode.episode_id for episode in chosen] == ["0", "1", "4", "5", "8"]

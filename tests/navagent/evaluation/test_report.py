@@ -103,6 +103,16 @@ def test_the_report_tells_the_result_with_its_interval_and_how_to_repeat_it(eval
     assert "ex<pert: SPL -0.4" in text
 
 
+def test_only_the_runs_own_val_split_is_called_unseen(evaluated):
+    assert "In homes it had never seen" in Page(write_report(evaluated).read_text()).text
+    file = evaluated.path / "evaluation" / "val" / "summary.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"split": "train"}))
+    text = Page(write_report(evaluated).read_text()).text
+    assert "In homes of train it reached" in text
+    assert "never seen" not in text
+    assert "unseen" not in text
+
+
 def summarise_of(run):
     return read_evaluations(run)[0].agents["run"]
 

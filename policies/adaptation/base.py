@@ -117,3 +117,21 @@ class Adaptation(nn.Module, ABC):
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Optimiser groups of the trainable parameters; methods exempt from decay what it would distort."""
         return [{"params": list(self.trainable_parameters()), "weight_decay": weight_decay}]
+
+
+class WholeEncoder(Adaptation):
+    """What fine-tuning and training from scratch share: one encoder, all of which learns."""
+
+    network: TrainableEncoder
+
+    def forward(self, image: Tensor, base_features: Tensor | None = None) -> Tensor:
+        """The encoder's features, see :meth:`Adaptation.forward`."""
+        return self.network(image)
+
+    def base_features(self, image: Tensor) -> None:
+        """Nothing: every feature changes as the encoder learns."""
+        return None
+
+    def output_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Shape of the encoder's features."""
+        return self.network.encoder.output_shape(height, width)

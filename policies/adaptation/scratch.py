@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from policies.adaptation.base import Adaptation, AdaptationConfig, TrainableEncoder
+from policies.adaptation.base import AdaptationConfig, TrainableEncoder, WholeEncoder
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class ScratchConfig(AdaptationConfig):
             )
 
 
-class Scratch(Adaptation):
+class Scratch(WholeEncoder):
     """One encoder with random weights, all of it trainable."""
 
     config_class: ClassVar[type[AdaptationConfig]] = ScratchConfig
@@ -33,15 +31,3 @@ class Scratch(Adaptation):
     def __init__(self, config: ScratchConfig) -> None:
         super().__init__()
         self.network = TrainableEncoder(config.make_encoder(), keep_statistics=False)
-
-    def forward(self, image: Tensor, base_features: Tensor | None = None) -> Tensor:
-        """The encoder's features, see :meth:`Adaptation.forward`."""
-        return self.network(image)
-
-    def base_features(self, image: Tensor) -> None:
-        """Nothing: every feature changes as the encoder learns."""
-        return None
-
-    def output_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Shape of the encoder's features."""
-        return self.network.encoder.output_shape(height, width)

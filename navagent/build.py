@@ -13,31 +13,32 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
+from envs.files import cache_dir
 from navagent.config import ConfigError, TrainConfig
 
 if TYPE_CHECKING:
     from gymnasium.vector import AutoresetMode
 
     from envs.episodes import Episode
+    from envs.noise import NoiseConfig
     from envs.simulators.base import AgentSpec, SensorSpec
+    from envs.task import PointNavConfig
     from envs.vector_env import PointNavVectorEnv
 
 
-def cache_dir() -> Path:
-    """Where generated homes are kept: ``$NAVAGENT_CACHE``, else ``~/.cache/navagent``."""
-    return Path(os.environ.get("NAVAGENT_CACHE") or Path.home() / ".cache" / "navagent")
-
-
 def training_device(name: str) -> torch.device:
-    """The device of setting ``device``; refuses CUDA where there is none."""
+    """The device of setting ``device``; refuses what it does not know, and CUDA where there is none."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    kind, colon, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (colon and not (kind == "cuda" and number.isdecimal())):
+        raise ConfigError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N")
+    devices = torch.cuda.device_count() if kind == "cuda" else 1
+    if int(number or 0) >= devices:
         raise ConfigError(
-            f"device={name!r}: PyTorch finds no CUDA device here; use device=cpu or device=auto"
+            f"device {name!r}: PyTorch finds {devices} CUDA devices here; use one of these, cpu or auto"
         )
-    return device
+    return torch.device(name)
 
 
 def set_threads(num_threads: int) -> int:
@@ -140,6 +141,31 @@ def observation_names(config: TrainConfig) -> list[str]:
     return [*(camera.name for camera in cameras(config)), sensors.goal, *poses, "previous_action"]
 
 
+def task_rules(config: TrainConfig) -> PointNavConfig:
+    """The task's rules."""
+    from envs.task import PointNavConfig
+
+    env = config.env
+    return PointNavConfig(
+        max_steps=env.max_steps,
+        success_distance=env.success_distance,
+        slack_reward=env.slack_reward,
+        progress_reward=env.progress_reward,
+        success_reward=env.success_reward,
+        success_bonus=cast(Literal["constant", "spl"], env.success_bonus),
+        stop=cast(Literal["called", "automatic"], env.stop),
+    )
+
+
+def noise(config: TrainConfig) -> NoiseConfig:
+    """Noise of cameras and motion."""
+    from envs.noise import NoiseConfig
+
+    return NoiseConfig(
+        rgb=config.env.rgb_noise, depth=config.env.depth_noise, actuation=config.env.actuation_noise
+    )
+
+
 def make_vector_env(
     config: TrainConfig,
     episodes: Sequence[Episode],
@@ -164,13 +190,10 @@ def make_vector_env(
     """
     from gymnasium.vector import AutoresetMode
 
-    from envs.noise import NoiseConfig
     from envs.sampler import EpisodeSampler
     from envs.simulators.raycast.simulator import RaycastSimulator
-    from envs.task import PointNavConfig
     from envs.vector_env import PointNavVectorEnv
 
-    env = config.env
     sampler = EpisodeSampler(episodes, num_envs, scenes, seed=seed, mode=mode)
     simulator = RaycastSimulator(
         sampler.resident_scenes,
@@ -180,22 +203,14 @@ def make_vector_env(
         device=str(training_device(config.device)),
         num_threads=set_threads(config.num_threads),
     )
-    task = PointNavConfig(
-        max_steps=env.max_steps,
-        success_distance=env.success_distance,
-        slack_reward=env.slack_reward,
-        progress_reward=env.progress_reward,
-        success_reward=env.success_reward,
-        success_bonus=cast(Literal["constant", "spl"], env.success_bonus),
-        stop=cast(Literal["called", "automatic"], env.stop),
-    )
     return PointNavVectorEnv(
         simulator,
-        task,
+        task_rules(config),
         sampler,
         observation_names(config),
         autoreset_mode=AutoresetMode.SAME_STEP if autoreset_mode is None else autoreset_mode,
-        noise=NoiseConfig(rgb=env.rgb_noise, depth=env.depth_noise, actuation=env.actuation_noise),
+        noise=noise(config),
+        depth_range=(config.sensors.min_depth, config.sensors.max_depth),
     )
 
 

@@ -19,6 +19,8 @@ from typing import Any, NoReturn, TextIO
 
 from navagent.installation import ShadowedPackageError, check_packages
 
+FAILED = 1
+"""Exit status where training broke down."""
 BAD_INPUT = 2
 """Exit status where what was asked for cannot be done."""
 INTERRUPTED = 130
@@ -76,16 +78,17 @@ def _nearest(word: str, known: Sequence[str]) -> str:
 
 def _train_help() -> str:
     """Every group, option and setting of ``navagent train``, with its default and what it is for."""
-    from navagent.config import GROUPS, as_typed, options, settings
+    from navagent.config import GROUPS, as_typed, default_options, option_help, options, settings
 
     width = max(100, min(shutil.get_terminal_size().columns, 120))
     lines = [
         "usage: navagent train [GROUP=OPTION ...] [NAME=VALUE ...] [--show-config]",
         "",
         *textwrap.wrap(
-            "Makes (or reads) homes, trains an agent in them with PPO, evaluates it on homes it has never "
-            "seen, and leaves a folder that explains itself under runs/. Ctrl-C saves and stops; the same "
-            "command with resume=RUN goes on.",
+            "Makes (or reads) homes; trains an agent in them, first taught by an expert that knows the "
+            "shortest path, then by reward with PPO; evaluates it on homes it has never seen; and leaves a "
+            "folder that explains itself under runs/. Ctrl-C saves and stops; the same command with "
+            "resume=RUN goes on.",
             width,
         ),
         "",
@@ -100,12 +103,15 @@ def _train_help() -> str:
         "  --show-config   print the settings that the command line asks for, as YAML, and stop",
         "  --help          show this and stop",
         "",
-        "groups, each with its options (the file configs/GROUP/OPTION.yaml in the package):",
+        "groups, each with its options (files configs/GROUP/OPTION.yaml of the package; * is the default):",
     ]
     for group in GROUPS:
-        lines += textwrap.wrap(
-            f"  {group + '=':14}{' | '.join(options(group))}", width, subsequent_indent=" " * 16
-        )
+        for option in options(group):
+            mark = "*" if option == default_options()[group] else " "
+            head = f"{mark} {group}={option}"
+            lines += textwrap.wrap(
+                f"{head:32}  {option_help(group, option)}", width, subsequent_indent=" " * 34
+            )
     lines += ["", "settings, with their defaults:"]
     leaves = list(settings())
     column = 2 + min(44, max(len(f"{leaf.name}={as_typed(leaf.default)}") for leaf in leaves))
@@ -219,10 +225,11 @@ def _pretrain(arguments: Sequence[str]) -> int:
     out, dataset = Path(values.pop("out")), values.pop("dataset")
     from rich.console import Console
 
-    from navagent.build import dataset_dir
+    from navagent.build import dataset_dir, training_device
     from navagent.config import TrainConfig
     from navagent.learning.pretrain import PretrainConfig, pretrain
 
+    values["device"] = str(training_device(values["device"]))
     config = PretrainConfig(dataset=Path(dataset or "."), out=out, **values)
     if dataset is None:
         config = replace(config, dataset=dataset_dir(TrainConfig()))
@@ -246,7 +253,7 @@ PRETRAIN_OPTIONS: tuple[tuple[str, type, Any, str], ...] = (
     ("hfov_deg", float, 90.0, "horizontal field of view [deg]"),
     ("sensor_height", float, 1.25, "height of the camera above the floor [m]"),
     ("seed", int, 0, "seed of viewpoints, initial weights and batches"),
-    ("device", str, "cpu", "cpu or cuda"),
+    ("device", str, "cpu", "cpu, cuda, or auto: CUDA where there is one"),
 )
 """Options of ``pretrain``: field of its settings, type, default, and what it is for."""
 
@@ -364,7 +371,7 @@ def _reference(arguments: Sequence[str]) -> int:
 
 
 VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
-    "train": (_train, "train an agent: homes, PPO, evaluation, report"),
+    "train": (_train, "train an agent: homes, imitation, PPO, evaluation, report"),
     "evaluate": (_evaluate, "measure a trained agent, with maps, videos and other agents beside it"),
     "pretrain": (_pretrain, "train a perception encoder on the simulator's ground truth"),
     "scenes": (_scenes, "generate homes to navigate; draw scenes"),
@@ -437,8 +444,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of a pipe (`| head`) has gone; Python's own flush at exit must not complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, ShadowedPackageError) as error:
+    except (ValueError, OSError, FloatingPointError, ShadowedPackageError) as error:
         if os.environ.get("NAVAGENT_DEBUG", "0") not in ("", "0"):
             raise
         print(f"navagent: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return FAILED if isinstance(error, FloatingPointError) else BAD_INPUT

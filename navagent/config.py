@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import itertools
 import math
 import re
 import types
@@ -28,6 +29,9 @@ from envs.files import atomic_write
 
 GROUPS = ("scenes", "env", "sensors", "encoder", "adaptation", "memory", "algorithm", "experiment")
 """The groups of ``configs/``, one option of each in force."""
+
+ENCODERS = ("fcn3", "fcn4", "fcn5", "fcn5_small", "fcn8", "resnet44")
+"""Those of :mod:`policies.encoders`, whose import would take seconds."""
 
 SEE_ALL = "`navagent train --help` lists every setting, `navagent train --show-config` shows their values"
 
@@ -105,6 +109,8 @@ class SensorsConfig:
     width: int = setting(64, "image columns", at_least=8, at_most=4096)
     hfov_deg: float = setting(90.0, "horizontal field of view [deg]", above=0, below=180)
     sensor_height: float = setting(1.25, "height of the cameras above the feet [m]", above=0, at_most=10)
+    min_depth: float = setting(0.0, "depth that the policy is given as 0 [m]", at_least=0)
+    max_depth: float = setting(10.0, "depth that the policy is given as 1 [m]", above=0)
     pitch_deg: float = setting(
         0.0, "tilt of the cameras [deg]; negative looks down", at_least=-90, at_most=90
     )
@@ -124,7 +130,7 @@ class EncoderConfig:
     name: str = setting(
         "fcn5_small",
         "network family in policies/encoders",
-        choices=("fcn3", "fcn4", "fcn5", "fcn5_small", "fcn8", "resnet44"),
+        choices=ENCODERS,
     )
     weights: str = setting(
         "default", "pre-trained weights: 'default' (shipped for fcn5_small), 'random', or a file"
@@ -139,7 +145,9 @@ class AdaptationConfig:
     name: str = setting("sidetune", "the method", choices=("sidetune", "features", "finetune", "scratch"))
     alpha: float = setting(0.5, "sidetune: initial weight of the base in the blend", at_least=0, at_most=1)
     learn_alpha: bool = setting(True, "sidetune: alpha is learned")
-    side_encoder: str | None = setting(None, "sidetune: family of the side network; null for the base's")
+    side_encoder: str | None = setting(
+        None, "sidetune: family of the side network; null for the base's", choices=ENCODERS
+    )
     side_init: str = setting(
         "copy",
         "sidetune: how the side network starts",
@@ -157,7 +165,7 @@ class MemoryConfig:
         256, "size of the memory and of the policy's features", at_least=1, at_most=8192
     )
     num_layers: int = setting(1, "layers (gru, lstm)", at_least=1, at_most=8)
-    num_frames: int = setting(4, "frames that are stacked (frame_stack)", at_least=1, at_most=64)
+    num_frames: int = setting(4, "frames that are stacked (frame_stack)", at_least=2, at_most=64)
 
 
 @dataclass
@@ -213,7 +221,9 @@ class EvaluationConfig:
 
     every_frames: int = setting(200_000, "frames between evaluations; 0 is none", at_least=0)
     num_episodes: int = setting(64, "episodes of an evaluation while training", at_least=1)
-    final_episodes: int = setting(300, "episodes of the evaluation at the end; 0 is none", at_least=0)
+    final_episodes: int = setting(
+        300, "episodes of the evaluation at the end, as far as the split has them; 0 is none", at_least=0
+    )
     num_envs: int = setting(32, "agents that are evaluated side by side", at_least=1)
     deterministic: bool = setting(False, "the most probable action instead of a sampled one")
     baselines: str = setting("random,expert", "agents beside the run's in the final table, with commas")
@@ -286,6 +296,20 @@ def options(group: str) -> tuple[str, ...]:
     """The options of a group, from the files in ``configs/``, sorted."""
     files = (resources.files("configs") / group).iterdir()
     return tuple(sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml")))
+
+
+@functools.cache
+def default_options() -> dict[str, str]:
+    """The option of each group that is in force where the command line names none."""
+    listed = yaml.safe_load((resources.files("configs") / "train.yaml").read_text("utf-8"))["defaults"]
+    return {group: option for item in listed if item != "_self_" for group, option in item.items()}
+
+
+def option_help(group: str, option: str) -> str:
+    """What an option of a group is, in the words that its file begins with."""
+    text = (resources.files("configs") / group / f"{option}.yaml").read_text("utf-8")
+    comment = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return " ".join(line.lstrip("# ") for line in comment if "@package" not in line)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -400,7 +424,22 @@ def _check_together(config: TrainConfig) -> None:
                 f"{name}={value} is not a folder"
                 + (f"{nearest(value, words)} (or leave it 'generated')" if words else "")
             )
+    if config.sensors.max_depth <= config.sensors.min_depth:
+        raise ConfigError(
+            f"sensors.max_depth={config.sensors.max_depth} must be more than sensors.min_depth="
+            f"{config.sensors.min_depth}"
+        )
     adaptation = config.adaptation
+    if adaptation.learn_alpha and adaptation.alpha in (0.0, 1.0):
+        raise ConfigError(
+            f"adaptation.alpha={adaptation.alpha} cannot learn, as its gradient is 0 there; set "
+            "adaptation.learn_alpha=false with it, or a value between 0 and 1"
+        )
+    if adaptation.side_init == "copy" and adaptation.side_encoder not in (None, config.encoder.name):
+        raise ConfigError(
+            f"adaptation.side_encoder={adaptation.side_encoder} cannot start as a copy of encoder.name="
+            f"{config.encoder.name}; set adaptation.side_init=random with it"
+        )
     if config.encoder.weights not in ("default", "random"):
         _check_file("encoder.weights", config.encoder.weights, ("default", "random"))
     if (adaptation.side_init == "distilled") != (adaptation.side_weights is not None):
@@ -502,8 +541,11 @@ def _resumed(asked: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
         raise ConfigError(f"resume={asked.resume!r} is not the folder of a run: it has no config.yaml")
     saved = read_config(folder / "config.yaml")
     names = {override.partition("=")[0].strip() for override in overrides}
-    if "run_dir" in names:
-        raise ConfigError(f"run_dir cannot be given with resume, which goes on in {asked.resume}")
+    if asked.run_dir is not None and Path(asked.run_dir).expanduser().resolve() != folder.resolve():
+        raise ConfigError(
+            f"run_dir={asked.run_dir} is another folder than resume={asked.resume}, where the run goes on; "
+            "leave it out"
+        )
     old, new = flatten(saved), flatten(asked)
     for name, value in new.items():
         # An experiment speaks for every setting: the command is then the whole of what was asked for.

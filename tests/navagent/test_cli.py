@@ -80,6 +80,7 @@ def test_version_is_the_distributions(tmp_path):
         (["reference", "no-folder"], "no-folder"),
         (["pretrain", "out", "--task", "normal"], "task 'normal': expected one of"),
         (["pretrain"], "required: OUT"),
+        (["pretrain", "out", "--device", "gpu"], "device 'gpu' is not one of auto, cpu, cuda, cuda:N"),
     ],
 )
 def test_bad_input_is_one_message_and_status_2(arguments, message, tmp_path):
@@ -158,6 +159,18 @@ def test_interrupt_is_status_130(monkeypatch, capsys):
     monkeypatch.setitem(cli.VERBS, "train", (interrupted, ""))
     assert cli.main(["train"]) == 130
     assert capsys.readouterr().err == "stopped\n"
+
+
+def test_a_training_that_breaks_down_is_status_1_and_one_message(monkeypatch, capsys):
+    from navagent import cli
+
+    def broken(arguments):
+        raise FloatingPointError("the loss is not finite")
+
+    monkeypatch.setenv("NAVAGENT_DEBUG", "0")
+    monkeypatch.setitem(cli.VERBS, "train", (broken, ""))
+    assert cli.main(["train"]) == 1
+    assert capsys.readouterr().err == "navagent: the loss is not finite\n"
 
 
 def test_options_of_pretrain_are_its_settings_with_their_defaults():

@@ -2,12 +2,15 @@ import dataclasses
 
 import pytest
 
+from envs.variants import variant
+from navagent.build import agent_spec, noise, observation_names, task_rules, training_device
 from navagent.config import (
     GROUPS,
     ConfigError,
     TrainConfig,
-    flatten,
+    default_options,
     load_config,
+    option_help,
     options,
     read_config,
     settings,
@@ -25,8 +28,9 @@ def test_composed_defaults_are_the_dataclasses_own():
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_option_of_every_group_composes(group, tmp_path):
-    assert options(group)
+    assert default_options()[group] in options(group)
     for option in options(group):
+        assert option_help(group, option)
         extra = [f"scenes.dataset={tmp_path}"] if option == "dataset" else []
         config = load_config([f"{group}={option}", *extra])
         if group in ("env", "encoder", "adaptation", "memory", "algorithm"):
@@ -43,7 +47,25 @@ def test_every_setting_can_be_set_and_has_a_line_of_help():
 def test_names_of_methods_and_networks_are_those_that_exist():
     choices = {leaf.name: leaf.choices for leaf in settings()}
     assert set(choices["adaptation.name"]) == set(ADAPTATIONS)
-    assert set(choices["encoder.name"]) == set(ENCODERS)
+    assert set(choices["encoder.name"]) == set(choices["adaptation.side_encoder"]) == set(ENCODERS)
+
+
+@pytest.mark.parametrize("name", options("env"))
+def test_variants_of_the_task_are_those_of_the_environments(name):
+    config, published = load_config([f"env={name}"]), variant(name)
+    assert task_rules(config) == published.task
+    assert agent_spec(config) == published.agent
+    assert noise(config) == published.noise
+
+
+def test_the_challenges_cameras_are_those_of_the_environments():
+    config, published = load_config(["experiment=challenge_2021"]), variant("challenge-2021")
+    sensors = config.sensors
+    for setting in ("hfov_deg", "sensor_height", "pitch_deg"):
+        assert getattr(sensors, setting) == getattr(published, setting)
+    assert sensors.width / sensors.height == published.width / published.height
+    assert (sensors.min_depth, sensors.max_depth) == published.depth_range
+    assert set(observation_names(config)) == {*published.observations, "previous_action"}
 
 
 def test_groups_and_settings_of_the_command_line_win_over_defaults():
@@ -103,12 +125,20 @@ def test_text_is_taken_as_typed(path):
         ("+seed=1", "without '\\+'"),
         ("~seed=1", "without '~'"),
         ("seed.x=1", "no setting seed.x"),
-        ("algorithm.num_envs=2", "num_minibatches=4 is more than algorithm.num_envs=2"),
+        ("algorithm.num_envs=2", "num_minibatches=8 is more than algorithm.num_envs=2"),
         ("algorithm.curriculum_end=1", "curriculum_end=1.0 is less than"),
         ("scenes.dataset=/no/such/folder", "scenes.dataset=/no/such/folder is not a folder"),
         ("scenes.dataset=generatd", "did you mean 'generated'"),
         ("encoder.weights=/no/such.safetensors", "encoder.weights=/no/such.safetensors is not a file"),
         ("adaptation.side_init=distilled", "needs a file of weights"),
+        ("adaptation.alpha=1", "adaptation.alpha=1.0 cannot learn"),
+        (
+            "adaptation.side_encoder=fcn4",
+            "side_encoder=fcn4 cannot start as a copy of encoder.name=fcn5_small",
+        ),
+        ("adaptation.side_encoder=fcn6", "adaptation.side_encoder=fcn6 is not one of fcn3, fcn4"),
+        ("memory.num_frames=1", "expected at least 2"),
+        ("sensors.min_depth=10", "sensors.max_depth=10.0 must be more than sensors.min_depth=10.0"),
         ("device=gpu", "not one of auto, cpu, cuda"),
         ("resume=/no/such/run", "not the folder of a run"),
     ],
@@ -116,6 +146,17 @@ def test_text_is_taken_as_typed(path):
 def test_what_does_not_fit_is_refused_by_name(override, message):
     with pytest.raises(ConfigError, match=message):
         load_config([override])
+
+
+@pytest.mark.parametrize("device", ["gpu", "", "cpu:1", "cuda:", "cuda:x", "mps"])
+def test_unknown_devices_are_refused(device):
+    with pytest.raises(ConfigError, match="is not one of auto, cpu, cuda, cuda:N"):
+        training_device(device)
+
+
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ConfigError, match=r"device 'cuda:999': PyTorch finds \d+ CUDA devices"):
+        training_device("cuda:999")
 
 
 def test_settings_come_back_from_their_file(tmp_path):
@@ -178,6 +219,12 @@ def test_resume_accepts_the_same_command_and_a_longer_budget(run):
     assert config.algorithm.total_frames == 9000
     assert dataclasses.replace(config.sensors) == config.sensors
     assert config.sensors.depth
+
+
+def test_resume_accepts_the_runs_own_folder_by_name_and_no_other(run, tmp_path):
+    assert load_config([f"run_dir={run}", f"resume={run}"]).run_dir == str(run)
+    with pytest.raises(ConfigError, match=r"run_dir=.*other is another folder than resume="):
+        load_config([f"run_dir={tmp_path / 'other'}", f"resume={run}"])
 
 
 @pytest.mark.parametrize("override", ["sensors=rgb", "seed=4", "experiment=blind", "algorithm.gamma=0.9"])

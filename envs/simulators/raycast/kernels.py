@@ -18,7 +18,6 @@ import warp as wp
 
 from envs.simulators.raycast.bvh import STACK_SIZE, Node
 
-wp.config.quiet = True
 wp.set_module_options({"enable_backward": False, "max_unroll": 1})
 
 NEAR = wp.constant(0.01)
@@ -501,7 +500,8 @@ def shade_rgb(
                 if footprint > 1.0:
                     nearest = surface.minify_nearest
                 if footprint > 1.0 and surface.mipmaps != 2:
-                    detail = 0.5 * wp.log2(footprint)
+                    # Texture coordinates may be so steep that single precision has no number for it.
+                    detail = 0.5 * wp.log2(wp.min(footprint, 1.0e30))
                     if surface.mipmaps == 1:
                         detail = wp.floor(detail + 0.5)
                     level = int(detail)

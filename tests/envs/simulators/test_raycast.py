@@ -367,6 +367,13 @@ def test_a_slanted_distant_texture_does_not_shimmer_either():
     assert images[:, 17:22].std(axis=0).max() < 4
 
 
+def test_texture_coordinates_too_steep_for_any_number_show_the_mean():
+    texture = checkerboard(1024)
+    image = look([plate(texture, 1.0, tiles=1e6, half=1e-11)], [0, 0, 0], 0.0, height=1, width=1)
+    assert image["depth"].item() == pytest.approx(1.0)
+    np.testing.assert_allclose(image["rgb"].ravel(), 130, atol=2)
+
+
 def test_factor_texture_and_vertex_colour_multiply():
     texture = np.full((4, 4, 4), 200, np.uint8)
     scene = plate(texture, 1.0, base_color=(0.5, 1.0, 0.25, 1.0))

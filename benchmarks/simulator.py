@@ -41,8 +41,6 @@ from envs.simulators.raycast.simulator import RaycastSimulator
 from envs.task import PointNavConfig
 from envs.vector_env import PointNavVectorEnv
 
-wp.config.quiet = True
-
 
 @wp.kernel
 def bare_cast(

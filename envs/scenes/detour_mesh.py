@@ -18,10 +18,6 @@ one worker a thread.
 
 import warp as wp
 
-# Warp announces itself on standard output; its older and newer releases are asked in turn not to.
-wp.config.quiet = True
-wp.config.log_level = 30
-
 # The same kernels must give the same answers everywhere: a fused multiply-add rounds once where Detour rounds
 # twice. Nothing here is differentiated.
 wp.set_module_options({"enable_backward": False, "fuse_fp": False, "fast_math": False, "max_unroll": 1})

@@ -14,7 +14,6 @@ import numpy as np
 import warp as wp
 from numpy.typing import ArrayLike
 
-wp.config.quiet = True
 # A fused multiply-add rounds once where Recast rounds twice, and walls often lie exactly between two cells.
 wp.set_module_options({"enable_backward": False, "fuse_fp": False, "fast_math": False})
 

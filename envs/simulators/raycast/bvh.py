@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import warp as wp
 
-wp.config.quiet = True
 wp.set_module_options({"enable_backward": False, "max_unroll": 1})
 
 STACK_SIZE = 96

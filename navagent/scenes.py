@@ -99,7 +99,7 @@ def show(
     Raises:
         ValueError: ``out`` is not a PNG's name, or ``num_views`` is less than 1.
         envs.scenes.scene.SceneError: the scene cannot be read.
-        envs.scenes.navmesh.NavMeshError: nothing in it can be walked on.
+        envs.scenes.navmesh_tile.NavMeshError: nothing in it can be walked on.
     """
     import cv2
 
@@ -169,7 +169,7 @@ def _look(scene: Path, num_views: int, seed: int, device: str) -> _Overview:
 
 def _agent_of(scene: Path) -> AgentSpec:
     """The agent that the navigation mesh beside a scene was made for; the usual one where there is none."""
-    from envs.scenes.navmesh import read_navmesh
+    from envs.scenes.navmesh_file import read_navmesh
     from envs.simulators.base import AgentSpec
 
     beside = scene.with_suffix(".navmesh")

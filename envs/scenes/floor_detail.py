@@ -28,7 +28,7 @@ Triangle = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class FloorDetail:
-    """Detail triangles of all polygons, laid out as in :class:`envs.scenes.navmesh.NavMeshTile`."""
+    """Detail triangles of all polygons, laid out as in :class:`envs.scenes.navmesh_tile.NavMeshTile`."""
 
     meshes: NDArray[np.int32]
     """First extra corner, extra corners, first triangle and triangles of each polygon: (P, 4)."""

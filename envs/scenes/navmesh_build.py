@@ -21,14 +21,9 @@ from numpy.typing import ArrayLike, NDArray
 from envs import files
 from envs.scenes.floor_detail import follow_floor
 from envs.scenes.gltf import load_scene
-from envs.scenes.navmesh import (
-    EXTERNAL_EDGE,
-    NavMesh,
-    NavMeshError,
-    NavMeshSettings,
-    read_navmesh,
-    write_navmesh,
-)
+from envs.scenes.navmesh import NavMesh, NavMeshSettings
+from envs.scenes.navmesh_file import read_navmesh, write_navmesh
+from envs.scenes.navmesh_tile import EXTERNAL_EDGE, NavMeshError
 from envs.scenes.outlines import trace_outlines
 from envs.scenes.polygons import polygonise
 from envs.scenes.regions import partition_floor

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.scenes.navmesh import MAX_CORNERS
+from envs.scenes.navmesh_tile import MAX_CORNERS
 from envs.scenes.outlines import Outline, crosses_any, in_cone
 
 _SAME_HEIGHT = 2

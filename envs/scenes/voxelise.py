@@ -15,7 +15,7 @@ import warp as wp
 from numpy.typing import NDArray
 
 from envs.scenes import navmesh_kernels as kernels
-from envs.scenes.navmesh import NavMeshError
+from envs.scenes.navmesh_tile import NavMeshError
 from envs.warp_runtime import start_warp
 
 NO_SPAN = -1

@@ -7,7 +7,7 @@ import torch
 from envs.episodes import generate_episodes
 from envs.expert import ShortestPathFollower
 from envs.sampler import EpisodeSampler
-from envs.scenes.navmesh import read_navmesh
+from envs.scenes.navmesh_file import read_navmesh
 from envs.scenes.pathfinder import PathFinder
 from envs.simulators.base import Action, AgentSpec
 from envs.task import PointNavConfig

@@ -8,8 +8,8 @@ import numpy as np
 import trimesh
 
 from envs.episodes import generate_episodes, write_dataset
-from envs.scenes.navmesh import write_navmesh
 from envs.scenes.navmesh_build import navmesh_for
+from envs.scenes.navmesh_file import write_navmesh
 from envs.scenes.pathfinder import PathFinder
 from envs.simulators.base import AgentSpec
 

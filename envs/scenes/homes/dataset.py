@@ -28,8 +28,9 @@ import torch
 from envs.episodes import generate_episodes, write_dataset, write_index
 from envs.files import atomic_write
 from envs.scenes.homes import Home, generate_home
-from envs.scenes.navmesh import NavMesh, write_navmesh
+from envs.scenes.navmesh import NavMesh
 from envs.scenes.navmesh_build import build_navmesh
+from envs.scenes.navmesh_file import write_navmesh
 from envs.scenes.pathfinder import PathFinder
 from envs.simulators.base import AgentSpec
 

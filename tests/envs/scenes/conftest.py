@@ -4,7 +4,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from envs.scenes.navmesh import EXTERNAL_EDGE, NavMesh, NavMeshSettings
+from envs.scenes.navmesh import NavMesh, NavMeshSettings
+from envs.scenes.navmesh_tile import EXTERNAL_EDGE
 
 
 def cells_of(plan):
@@ -47,6 +48,12 @@ def floor_mesh():
         return NavMesh.from_polygons(NavMeshSettings(), bounds_of(vertices), vertices, polygons, neighbours)
 
     return make
+
+
+@pytest.fixture
+def small_mesh(floor_mesh):
+    """Three squares in an L."""
+    return floor_mesh(["##", ".#"])
 
 
 @pytest.fixture(scope="session")

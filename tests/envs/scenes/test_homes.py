@@ -13,8 +13,8 @@ from envs.scenes.gltf import load_scene
 from envs.scenes.homes import dataset, generate_home
 from envs.scenes.homes.dataset import HomesError, HomesSpec, is_complete, reachable_shares, write_homes
 from envs.scenes.homes.layout import INNER_WALL, Rect, draw_plan, sides
-from envs.scenes.navmesh import read_navmesh
 from envs.scenes.navmesh_build import build_navmesh
+from envs.scenes.navmesh_file import read_navmesh
 from envs.scenes.pathfinder import PathFinder
 from envs.simulators.base import AgentSpec, SensorSpec
 from envs.simulators.raycast.simulator import RaycastSimulator

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from envs.scenes.maps import TopDownMap, draw_map, floor_heights, top_down_map
-from envs.scenes.navmesh import NavMesh, NavMeshSettings, read_navmesh
+from envs.scenes.navmesh import NavMesh, NavMeshSettings
+from envs.scenes.navmesh_file import read_navmesh
 
 
 def mesh_of(*rectangles, neighbours=()):

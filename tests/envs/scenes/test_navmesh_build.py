@@ -9,8 +9,10 @@ import torch
 
 from envs.scenes import navmesh_build, voxelise
 from envs.scenes.gltf import load_scene
-from envs.scenes.navmesh import NavMesh, NavMeshError, read_navmesh
+from envs.scenes.navmesh import NavMesh
 from envs.scenes.navmesh_build import build_navmesh, navmesh_for
+from envs.scenes.navmesh_file import read_navmesh
+from envs.scenes.navmesh_tile import NavMeshError
 from envs.scenes.pathfinder import PathFinder
 from envs.scenes.scene import SceneError
 from envs.simulators.base import AgentSpec

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from envs.scenes.navmesh import NavMesh, NavMeshSettings, read_navmesh
+from envs.scenes.navmesh import NavMesh, NavMeshSettings
+from envs.scenes.navmesh_file import read_navmesh
 from envs.scenes.pathfinder import PathFinder
 
 SCENES = ("apartment", "studio", "loft")

@@ -1,9 +1,6 @@
 """Holds the built-in simulator and the task against recordings of real Habitat.
 
-A folder of recordings has, for every scene NAME, ``NAME.glb`` (with ``NAME.navmesh`` and, where the scene is
-not Z-up, ``NAME.stage_config.json``), ``NAME.json`` with the agent and the sensors, and
-``NAME.reference.npz`` with Habitat's answers; and for the task ``pointnav_traces.json.gz`` beside the
-episodes in ``pointnav/SPLIT``.
+:mod:`navagent.recordings` reads them; here they are compared, and the figures held against their bars.
 """
 
 from __future__ import annotations
@@ -11,8 +8,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,11 +18,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from envs.episodes import Episode, EpisodeError, read_dataset
-from envs.files import read_unpacked
+from envs.episodes import Episode
 from envs.sensors import point_goal, wrap_angle
-from envs.simulators.base import Action, AgentSpec, PathQueries, SensorSpec
+from envs.simulators.base import Action, PathQueries, SensorSpec
 from envs.task import Measures, PointNavConfig
+from navagent.recordings import (
+    Answers,
+    RecordingError,
+    agent_of,
+    cameras_of,
+    read_answers,
+    read_description,
+    read_episodes,
+    read_traces,
+)
 
 if TYPE_CHECKING:
     from envs.scenes.scene import Scene
@@ -39,12 +43,6 @@ TASK_TOLERANCE = 0.001
 """What the task may be off by, in every quantity's own unit."""
 _NO_NUMBER = 1e9  # stands for errors that are none, because JSON has neither infinity nor NaN
 _COLLISION_EPS = 1e-5  # [m2] Habitat's: squared length by which a move must be cut short
-
-Answers = dict[str, NDArray[Any]]
-
-
-class RecordingError(ValueError):
-    """A folder of recordings that is missing or broken; the message names the file and the fault."""
 
 
 @dataclass(frozen=True)
@@ -110,10 +108,10 @@ def check_reference(folder: str | Path, device: str = "cpu") -> list[Row]:
     names = sorted(described | recorded)
     if not names:
         raise RecordingError(f"{folder} holds no scene with recordings (no NAME.glb beside a NAME.json)")
-    traces, episodes = _read_traces(folder), _read_episodes(folder)
+    traces, episodes = read_traces(folder), read_episodes(folder)
     rows: list[Row] = []
     for name in names:
-        description = _read_description(folder / f"{name}.json")
+        description = read_description(folder / f"{name}.json")
         try:
             rows += _check_scene(folder, name, description, device)
             rows += _check_task(name, traces.get(name), episodes, description)
@@ -133,12 +131,12 @@ def _check_scene(folder: Path, name: str, description: dict[str, Any], device: s
     from envs.simulators.raycast.simulator import RaycastSimulator
 
     path = folder / f"{name}.glb"
-    cameras = _cameras(description)
-    answers = _read_answers(folder / f"{name}.reference.npz", cameras)
+    cameras = cameras_of(description)
+    answers = read_answers(folder / f"{name}.reference.npz", cameras)
     num_views = len(answers["view_yaw"]) if "view_yaw" in answers else 1
 
     def simulator(num_agents: int, sensors: tuple[SensorSpec, ...], sliding: bool) -> RaycastSimulator:
-        return RaycastSimulator([path], num_agents, sensors, _agent(description, sliding), device=device)
+        return RaycastSimulator([path], num_agents, sensors, agent_of(description, sliding), device=device)
 
     sim = simulator(num_views, cameras, True)
     yield from _check_views(name, sim, cameras, answers)
@@ -277,7 +275,7 @@ def _check_built_mesh(
         mesh = build_navmesh(
             scene.vertices,
             scene.ground,
-            _agent(description, True),
+            agent_of(description, True),
             cell_size=settings["cell_size"],
             cell_height=settings["cell_height"],
         )
@@ -402,161 +400,6 @@ def _within(ours: NDArray[Any] | None, theirs: NDArray[Any] | None, tolerance: f
     with np.errstate(invalid="ignore"):
         near = np.linalg.norm(ours - theirs, axis=1) <= tolerance
     return np.where(finite[0] & finite[1], near, finite[0] == finite[1])
-
-
-def _cameras(description: dict[str, Any]) -> tuple[SensorSpec, ...]:
-    return tuple(
-        SensorSpec(
-            name=sensor["name"],
-            kind=sensor["kind"],
-            height=sensor["height"],
-            width=sensor["width"],
-            hfov_deg=float(sensor["hfov_deg"]),
-            sensor_height=float(sensor["sensor_height"]),
-        )
-        for sensor in description["sensors"]
-        if sensor["kind"] in ("depth", "rgb")
-    )
-
-
-def _agent(description: dict[str, Any], sliding: bool) -> AgentSpec:
-    settings = description["navmesh"]
-    return AgentSpec(
-        radius=settings["agent_radius"],
-        height=settings["agent_height"],
-        max_climb=settings["agent_max_climb"],
-        max_slope_deg=settings["agent_max_slope"],
-        forward_step=description["forward_step"],
-        turn_angle_deg=description["turn_angle_deg"],
-        allow_sliding=sliding,
-    )
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(read_unpacked(path))
-    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
-        raise RecordingError(f"{path} cannot be read as JSON: {error}") from error
-
-
-def _read_description(path: Path) -> dict[str, Any]:
-    """What NAME.json says of the agent and its sensors, with every number in place."""
-    description = _read_json(path)
-
-    def check(owner: Any, what: str, keys: tuple[str, ...]) -> None:
-        if not isinstance(owner, dict):
-            raise RecordingError(f"{path}: {what} is {owner!r}, expected an object")
-        for key in keys:
-            value = owner.get(key)
-            if not isinstance(value, int | float) or not math.isfinite(value):
-                raise RecordingError(f"{path}: {key} of {what} is {value!r}, expected a number")
-
-    check(description, "the scene", ("forward_step", "turn_angle_deg"))
-    agent = ("agent_radius", "agent_height", "agent_max_climb", "agent_max_slope")
-    check(description.get("navmesh"), "navmesh", (*agent, "cell_size", "cell_height"))
-    sensors = description.get("sensors")
-    if not isinstance(sensors, list):
-        raise RecordingError(f"{path}: sensors is {sensors!r}, expected a list")
-    for number, sensor in enumerate(sensors):
-        check(sensor, f"sensor {number}", ("height", "width", "hfov_deg", "sensor_height"))
-    return description
-
-
-def _read_answers(path: Path, cameras: tuple[SensorSpec, ...]) -> Answers:
-    """The recordings that can be compared, floats in single precision.
-
-    Answers whose question is missing are left out. The rest must have the shapes that belong together.
-    """
-    try:
-        if path.is_file() and not zipfile.is_zipfile(path):
-            raise ValueError("it is no .npz archive, or only the beginning of one")
-        with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] for name in file.files}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise RecordingError(f"{path} cannot be read as recordings: {error}") from error
-    answers: Answers = {}
-    for questions, replies in _layout(found, cameras):
-        if all(name in found and found[name].size for name in questions):
-            for name, shape in (questions | replies).items():
-                if name in found:
-                    answers[name] = _sound(path, name, found[name], shape, name in questions)
-    return answers
-
-
-Shapes = dict[str, tuple[int, ...]]
-
-
-def _layout(found: Answers, cameras: tuple[SensorSpec, ...]) -> Iterator[tuple[Shapes, Shapes]]:
-    """Questions and Habitat's replies that belong together, with their shapes."""
-
-    def count(name: str) -> int:
-        return len(found[name]) if name in found and found[name].ndim else 0
-
-    n = count("view_position")
-    images = {
-        f"view_{camera.name}": (n, camera.height, camera.width, *([3] if camera.kind == "rgb" else []))
-        for camera in cameras
-    }
-    yield {"view_position": (n, 3), "view_yaw": (n,)}, images
-    n = count("geodesic_start")
-    yield {"geodesic_start": (n, 3), "geodesic_end": (n, 3)}, {"geodesic_distance": (n,)}
-    n = count("step_start")
-    yield {"step_start": (n, 3), "step_target": (n, 3)}, {"step_slide": (n, 3), "step_no_slide": (n, 3)}
-    n = count("query_point")
-    yield {"query_point": (n, 3)}, {"query_is_navigable": (n,), "query_snapped": (n, 3)}
-    n = count("obstacle_point")
-    yield {"obstacle_point": (n, 3)}, {"obstacle_distance": (n,)}
-    for kind in ("slide", "stop"):
-        actions = found.get(f"rollout_{kind}_actions", np.zeros((0, 0)))
-        n, steps = actions.shape if actions.ndim == 2 else (0, 0)
-        shapes = {"actions": (n, steps), "position": (n, steps + 1, 3), "rotation_xyzw": (n, steps + 1, 4)}
-        shapes["collided"] = (n, steps)
-        yield {f"rollout_{kind}_{name}": shape for name, shape in shapes.items()}, {}
-
-
-def _sound(
-    path: Path, name: str, values: NDArray[Any], shape: tuple[int, ...], is_question: bool
-) -> NDArray[Any]:
-    """One array in the type that the simulator takes; questions and pictures must be finite."""
-    if values.shape != shape:
-        raise RecordingError(f"{path}: {name} has shape {values.shape}, expected {shape}")
-    whole = name.endswith(("_actions", "_collided", "_is_navigable"))
-    if values.dtype.kind not in ("biu" if whole else "fiu"):
-        raise RecordingError(f"{path}: {name} holds {values.dtype}, expected {'whole ' * whole}numbers")
-    if name.endswith("_actions"):
-        if values.min() < 0 or values.max() > 2:
-            raise RecordingError(f"{path}: {name} go from {values.min()} to {values.max()}, expected 0 to 2")
-        return values.astype(np.int64)
-    if whole:
-        return values.astype(bool)
-    if (is_question or name.startswith("view_")) and not np.isfinite(values).all():
-        raise RecordingError(f"{path}: {name} holds numbers that are not finite")
-    return np.ascontiguousarray(values, np.float32)
-
-
-def _read_traces(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    path = folder / "pointnav_traces.json.gz"
-    if not path.is_file():
-        return {}
-    traces = _read_json(path)
-    if not isinstance(traces, dict):
-        raise RecordingError(f"{path} holds {type(traces).__name__}, expected a dictionary of scenes")
-    for name, found in traces.items():
-        if not isinstance(found, list) or not all(isinstance(trace, dict) for trace in found):
-            raise RecordingError(f"{path}: scene {name} is not a list of traces")
-    return traces
-
-
-def _read_episodes(folder: Path) -> dict[tuple[str, str], Episode]:
-    """Episodes by the name of their scene and their own."""
-    episodes: dict[tuple[str, str], Episode] = {}
-    for split in sorted((folder / "pointnav").glob("*/*.json.gz")):
-        try:
-            found = read_dataset(split)
-        except EpisodeError as error:
-            raise RecordingError(str(error)) from error
-        episodes |= {(Path(episode.scene_id).stem, episode.episode_id): episode for episode in found}
-    return episodes
 
 
 def _print_table(rows: list[Row]) -> None:

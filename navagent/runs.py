@@ -144,7 +144,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except SafetensorError as error:
         raise CheckpointError(
             f"{path}: not a whole safetensors file ({error}); it may have been cut short while copying. "
-            "Take another one of the same run"
+            "Take another one of the same run; where it is the newest, delete it to go on from the one before"
         ) from None
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
@@ -225,6 +225,11 @@ class Run:
             temporary.write_text(config, encoding="utf-8")
         return cls(path)
 
+    def write_config(self, config: str) -> None:
+        """Replaces the resolved settings by those of ``config``, YAML text."""
+        with atomic_write(self.config_path) as temporary:
+            temporary.write_text(config, encoding="utf-8")
+
     @property
     def config_path(self) -> Path:
         """The resolved settings."""
@@ -249,7 +254,11 @@ class Run:
     def versions(self) -> dict[str, Any]:
         """What the run started on."""
         file = self.path / "versions.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        try:
+            found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        except ValueError as error:
+            raise RunError(f"{file}: not JSON ({error}); delete it to do without") from None
+        return found if isinstance(found, dict) else {}
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Adds one line to the metrics; numbers that are not finite become null, as JSON has none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import signal
 import threading
@@ -29,7 +30,7 @@ from navagent.build import (
     policy_settings,
     training_device,
 )
-from navagent.config import TrainConfig, to_yaml
+from navagent.config import ConfigError, TrainConfig, to_yaml
 from navagent.learning.imitation import ImitationConfig
 from navagent.learning.ppo import PPO
 from navagent.learning.schedules import LearningRate, PathLengthCurriculum, RateSchedule
@@ -49,6 +50,10 @@ def train(config: TrainConfig, console: Console | None = None) -> Run:
     Args:
         config: The settings.
         console: Where progress is shown; standard output if None.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, when everything is saved: who called should stop too.
+        SystemExit: likewise after SIGTERM, with the status that shells expect of it.
     """
     console = console or Console()
     state: dict[str, Any] | None = None
@@ -57,29 +62,34 @@ def train(config: TrainConfig, console: Console | None = None) -> Run:
         state = run.load_checkpoint("latest")
     train_split = load_split(config, config.scenes.train_split)
     val_split = load_split(config, config.scenes.val_split)
-    if config.resume is None:
-        run = Run.create(_run_dir(config), to_yaml(config))
     model = make_model(config, train_split)
     try:
+        # Not before everything is built: what fails by then should leave no folder behind.
+        if config.resume is None:
+            run = Run.create(_run_dir(config), to_yaml(config))
         trainer = Trainer(config, run, model, val_split, console)
         if state is not None:
             trainer.load(state)
+            # A resumed run may have other settings, such as a longer budget, and its folder says so.
+            run.write_config(to_yaml(dataclasses.replace(config, resume=None)))
         console.print(plan(config, run, model, train_split, val_split))
-        finished = trainer.train()
+        trainer.train()
     finally:
         assert model.env is not None
         model.env.close()
-    if finished:
+    if trainer.stop_signal is None:
         _conclude(config, run, console)
-    else:
-        from navagent.evaluation.report import write_report
+        return run
+    from navagent.evaluation.report import write_report
 
-        write_report(run)
-        console.print(
-            f"stopped after {model.num_timesteps:,} frames; go on with\n  navagent train resume={run.path}",
-            soft_wrap=True,
-        )
-    return run
+    write_report(run)
+    console.print(
+        f"stopped after {model.num_timesteps:,} frames; go on with\n  navagent train resume={run.path}",
+        soft_wrap=True,
+    )
+    if trainer.stop_signal == signal.SIGTERM:
+        raise SystemExit(128 + signal.SIGTERM)
+    raise KeyboardInterrupt
 
 
 def make_model(config: TrainConfig, split: Split) -> PPO:
@@ -138,22 +148,29 @@ class Trainer(BaseCallback):
                 round(algorithm.curriculum_fraction * algorithm.total_frames),
                 "linear" if algorithm.curriculum == "linear" else "success",
             )
-            shortest = min(episode.geodesic_distance for episode in self.vector_env.sampler.episodes)
+            stated = [episode.geodesic_distance for episode in self.vector_env.sampler.episodes]
+            stated = [distance for distance in stated if math.isfinite(distance)]
+            if not stated:
+                raise ConfigError(
+                    f"algorithm.curriculum={algorithm.curriculum}: none of the episodes to train on states "
+                    "its geodesic_distance; use algorithm.curriculum=none"
+                )
             # A curriculum must leave at least one episode.
-            self._shortest = GEODESIC_STEP * math.ceil(shortest / GEODESIC_STEP)
+            self._shortest = GEODESIC_STEP * math.ceil(min(stated) / GEODESIC_STEP)
             self._apply_curriculum()
         self.val_split = val_split
         self._val_env: PointNavVectorEnv | None = None
         self.best_spl = -1.0
-        self.next_evaluation = config.evaluation.every_frames or math.inf
         self.trained_seconds = 0.0
-        self.saved_frames = self.evaluated_frames = -1
-        self.stop_asked = False
+        self.saved_frames = -1
+        self.evaluated_frames = 0
+        self.stop_signal: int | None = None
+        """The signal that asked to stop; None while none has."""
         self._saved_at = time.monotonic()
         self._clock = time.monotonic()
 
-    def train(self) -> bool:
-        """Trains to the end; False if it was stopped before."""
+    def train(self) -> None:
+        """Trains to the end, or until a signal or a limit stops it."""
         total = self.config.algorithm.total_frames
         start = self.model.num_timesteps
         writer = RunWriter(self.run, start)
@@ -162,21 +179,28 @@ class Trainer(BaseCallback):
         self.writer = writer
         self._clock = self._saved_at = time.monotonic()
         with self._stop_on_signals(), self.progress:
-            if start < total:
+            # A run may have been stopped just when an evaluation was due.
+            if self._evaluation_is_due():
+                self.evaluate()
+            if start < total and self.stop_signal is None and not self._out_of_time():
                 self.model.learn(total - start, callback=self, reset_num_timesteps=start == 0)
-                if self.config.evaluation.every_frames and not self.stop_asked:
-                    self._evaluate_last()
+            measured = self.evaluated_frames == self.model.num_timesteps
+            if self.config.evaluation.every_frames and not measured and self.stop_signal is None:
+                self.evaluate()
             if self._val_env is not None:
                 self._val_env.close()
             if self.model.num_timesteps != self.saved_frames:
                 self.save()
         writer.close()
-        return not self.stop_asked
 
-    def _evaluate_last(self) -> None:
-        """Measures what the training ended with, unless that was done just now."""
-        if self.evaluated_frames != self.model.num_timesteps:
-            self.evaluate()
+    def _evaluation_is_due(self) -> bool:
+        """Whether a multiple of ``evaluation.every_frames`` was passed since the newest evaluation."""
+        every = self.config.evaluation.every_frames
+        return every > 0 and self.model.num_timesteps // every > self.evaluated_frames // every
+
+    def _out_of_time(self) -> bool:
+        limit = self.config.algorithm.max_minutes
+        return limit > 0 and self.trained_seconds >= 60 * limit
 
     def _on_step(self) -> bool:
         return True
@@ -199,17 +223,15 @@ class Trainer(BaseCallback):
         self.progress.update(
             self.model.phase, frames, self.writer.newest, left / rate if rate > 0 else math.inf
         )
-        if frames >= self.next_evaluation and not self.stop_asked:
-            self.next_evaluation += self.config.evaluation.every_frames
+        if self._evaluation_is_due() and self.stop_signal is None:
             self.evaluate()
         elif time.monotonic() - self._saved_at >= 60 * self.config.checkpoint.every_minutes:
             self.save()
-        limit = self.config.algorithm.max_minutes
-        out_of_time = limit > 0 and self.trained_seconds >= 60 * limit
+        out_of_time = self._out_of_time()
         if out_of_time:
             self.progress.say(f"{duration(self.trained_seconds)} of training are over")
         self._clock = time.monotonic()
-        return not (self.stop_asked or out_of_time)
+        return self.stop_signal is None and not out_of_time
 
     def _apply_curriculum(self) -> None:
         assert self.curriculum is not None
@@ -263,7 +285,6 @@ class Trainer(BaseCallback):
             "trainer": {
                 "curriculum": self.curriculum.state_dict() if self.curriculum else None,
                 "best_spl": self.best_spl,
-                "next_evaluation": self.next_evaluation,
                 "trained_seconds": self.trained_seconds,
             }
         }
@@ -280,12 +301,13 @@ class Trainer(BaseCallback):
             if self.curriculum is not None:
                 self.curriculum.load_state_dict(trainer["curriculum"])
             self.best_spl = float(trainer["best_spl"])
-            self.next_evaluation = float(trainer["next_evaluation"])
             self.trained_seconds = float(trainer["trained_seconds"])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise CheckpointError(f"{file}: does not fit the settings of {self.run.path}: {error}") from error
         self.saved_frames = self.model.num_timesteps
         self.run.truncate_metrics(self.model.num_timesteps)
+        evaluations = [record["frames"] for record in self.run.read_metrics() if "eval/spl" in record]
+        self.evaluated_frames = max(evaluations, default=0)
 
     @contextmanager
     def _stop_on_signals(self) -> Iterator[None]:
@@ -295,9 +317,9 @@ class Trainer(BaseCallback):
             return
 
         def ask(number: int, frame: FrameType | None) -> None:
-            if self.stop_asked and number == signal.SIGINT:
+            if self.stop_signal is not None and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self.stop_asked = True
+            self.stop_signal = number
             self.progress.say("stopping after this update, then saving; Ctrl-C again stops at once")
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -318,7 +340,7 @@ class RunWriter(KVWriter):
         self.run = run
         self.newest: dict[str, Any] = {}
         """The newest record."""
-        self._board = SummaryWriter(str(run.tensorboard_dir), purge_step=frames or None)
+        self._board = SummaryWriter(str(run.tensorboard_dir), purge_step=frames + 1 if frames else None)
 
     def write(
         self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0
@@ -346,17 +368,21 @@ def plan(config: TrainConfig, run: Run, model: PPO, train_split: Split, val_spli
     policy = model.policy
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     held = sum(p.numel() for p in policy.parameters()) + sum(b.numel() for b in policy.buffers()) - trained
-    seen = [f"{c.kind} {c.height}x{c.width}" for c in cameras(config)] or ["nothing"]
+    eyes = " and ".join(f"{c.kind} {c.height}x{c.width}" for c in cameras(config))
+    weights = "random" if config.adaptation.name == "scratch" else config.encoder.weights
+    weights = "pre-trained" if weights == "default" else weights
+    network = f"; {config.encoder.name} ({weights} weights) with {config.adaptation.name}" if eyes else ""
     algorithm = config.algorithm
     teaching = (
-        f"{algorithm.imitation_frames:,} with the expert, then PPO" if algorithm.imitation_frames else "PPO"
+        f"{algorithm.imitation_frames:,} taught by an expert that knows the shortest path, then PPO"
+        if algorithm.imitation_frames
+        else "PPO"
     )
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     rows = {
-        "agent": f"sees {' and '.join(seen)}; {config.encoder.name} with {config.adaptation.name}; "
-        f"{config.memory.name} of {config.memory.hidden_size}",
+        "agent": f"sees {eyes or 'nothing'}{network}; {config.memory.name} of {config.memory.hidden_size}",
         "parameters": f"{trained:,} learned, {held:,} frozen",
         "homes": f"{len(train_split.scenes)} to train in ({len(train_split.episodes):,} episodes), "
         f"{len(val_split.scenes)} unseen ones to evaluate in ({len(val_split.episodes):,})",

@@ -170,6 +170,9 @@ def test_a_run_says_what_it_ran_on_and_is_never_overwritten(run):
         Run.create(run.path, "")
     with pytest.raises(RunError, match="not the folder of a run"):
         Run(run.path / "nothing")
+    (run.path / "versions.json").write_text("{")
+    with pytest.raises(RunError, match=r"versions\.json: not JSON"):
+        _ = run.versions
 
 
 def learner(seed=0):

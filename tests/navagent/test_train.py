@@ -4,14 +4,18 @@ import os
 import shutil
 import signal
 
+import numpy as np
 import pytest
 from one_room import write_one_room
 from rich.console import Console
 
-from navagent.config import ConfigError, load_config
+from navagent.build import load_split
+from navagent.cli import main
+from navagent.config import ConfigError, load_config, read_config
+from navagent.learning.ppo import PPO
 from navagent.progress import duration, measures_line
 from navagent.runs import CheckpointError, Run, RunError
-from navagent.train import Trainer, train
+from navagent.train import Trainer, make_model, train
 
 FRAMES = 6 * 32
 
@@ -21,34 +25,38 @@ def room(tmp_path_factory):
     return write_one_room(tmp_path_factory.mktemp("room"), num_train=60, num_val=8)
 
 
+def words(room, path, *overrides):
+    """What is typed after ``navagent train``."""
+    return [
+        f"scenes.dataset={room}",
+        f"run_dir={path}",
+        "encoder.weights=random",
+        "sensors.height=16",
+        "sensors.width=16",
+        "memory.hidden_size=16",
+        "encoder.image_features=16",
+        "env.max_steps=12",
+        f"algorithm.total_frames={FRAMES}",
+        "algorithm.num_envs=4",
+        "algorithm.num_steps=8",
+        "algorithm.num_minibatches=2",
+        "algorithm.imitation_frames=64",
+        "algorithm.anchor_coef=0.1",
+        "algorithm.anchor_frames=1000",
+        "algorithm.curriculum=linear",
+        "algorithm.curriculum_fraction=1.0",
+        "algorithm.curriculum_end=4",
+        "algorithm.curriculum_start=1.5",
+        "evaluation.every_frames=96",
+        "evaluation.num_episodes=4",
+        "evaluation.num_envs=2",
+        "evaluation.final_episodes=0",
+        *overrides,
+    ]
+
+
 def settings(room, path, *overrides):
-    return load_config(
-        [
-            f"scenes.dataset={room}",
-            f"run_dir={path}",
-            "encoder.weights=random",
-            "sensors.height=16",
-            "sensors.width=16",
-            "memory.hidden_size=16",
-            "encoder.image_features=16",
-            "env.max_steps=12",
-            f"algorithm.total_frames={FRAMES}",
-            "algorithm.num_envs=4",
-            "algorithm.num_steps=8",
-            "algorithm.num_minibatches=2",
-            "algorithm.imitation_frames=64",
-            "algorithm.anchor_coef=0.1",
-            "algorithm.anchor_frames=1000",
-            "algorithm.curriculum_fraction=1.0",
-            "algorithm.curriculum_end=4",
-            "algorithm.curriculum_start=1.5",
-            "evaluation.every_frames=96",
-            "evaluation.num_episodes=4",
-            "evaluation.num_envs=2",
-            "evaluation.final_episodes=0",
-            *overrides,
-        ]
-    )
+    return load_config(words(room, path, *overrides))
 
 
 def silent():
@@ -91,8 +99,8 @@ def test_a_run_leaves_a_folder_that_explains_itself(whole):
     assert list(run.tensorboard_dir.glob("events.*"))
     assert int(run.checkpoint("latest").stem) == FRAMES
     assert (run.checkpoint_dir / "best.safetensors").is_file()
-    for words in ("learned", "frozen", "unseen", "192 frames (64 with the expert, then PPO)", str(run.path)):
-        assert words in " ".join(output.split()), words
+    for told in ("learned", "frozen", "unseen", "192 frames (64 taught by an expert", str(run.path)):
+        assert told in " ".join(output.split()), told
 
 
 def test_metrics_hold_a_line_an_update_and_one_an_evaluation(whole):
@@ -110,20 +118,38 @@ def test_metrics_hold_a_line_an_update_and_one_an_evaluation(whole):
     assert updates[-1]["rollout/max_geodesic"] > 3.0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-@pytest.mark.parametrize("updates", [1, 4], ids=["while imitating", "in ppo"])
+@pytest.mark.parametrize(
+    ("updates", "number"),
+    [
+        pytest.param(1, signal.SIGINT, id="Ctrl-C while imitating"),
+        pytest.param(3, signal.SIGTERM, id="SIGTERM when an evaluation is due"),
+        pytest.param(4, signal.SIGTERM, id="SIGTERM in ppo"),
+        pytest.param(6, signal.SIGINT, id="Ctrl-C in the last update"),
+    ],
+)
 def test_stopped_and_resumed_gives_the_same_numbers_as_uninterrupted(
     whole, room, tmp_path, monkeypatch, updates, number
 ):
-    with monkeypatch.context() as patch:
+    expected = KeyboardInterrupt if number == signal.SIGINT else SystemExit
+    output = silent()
+    with monkeypatch.context() as patch, pytest.raises(expected) as caught:
         interrupt_after(patch, updates, number)
-        output = silent()
-        stopped = train(settings(room, tmp_path / "stopped"), output)
+        train(settings(room, tmp_path / "stopped"), output)
+    if expected is SystemExit:
+        assert caught.value.code == 143
+    stopped = Run(tmp_path / "stopped")
+    assert (stopped.path / "report.html").is_file()
     assert stopped.read_metrics()[-1]["frames"] == 32 * updates
     text = " ".join(output.file.getvalue().split())
     assert f"navagent train resume={stopped.path}" in text
     resumed = train(load_config([f"resume={stopped.path}"]), silent())
     assert numbers(resumed) == numbers(whole[0])
+
+
+def test_the_command_says_by_its_status_that_it_was_stopped(room, tmp_path, monkeypatch, capsys):
+    interrupt_after(monkeypatch, 1)
+    assert main(["train", *words(room, tmp_path / "run")]) == 130
+    assert "navagent train resume=" in capsys.readouterr().out
 
 
 def test_work_after_the_last_checkpoint_is_taken_back_and_done_again(whole, room, tmp_path):
@@ -159,11 +185,48 @@ def test_a_finished_run_can_be_resumed_to_train_longer(whole, tmp_path):
     shutil.copytree(whole[0].path, copy)
     run = train(load_config([f"resume={copy}", f"algorithm.total_frames={FRAMES + 32}"]), silent())
     assert int(run.checkpoint("latest").stem) == FRAMES + 32
+    # Who goes on once more, or reads the report, is told of the budget that the run has now.
+    assert load_config([f"resume={copy}"]).algorithm.total_frames == FRAMES + 32
+    assert read_config(run.config_path).resume is None
+
+
+def test_evaluations_can_be_asked_for_and_given_up_on_resuming(whole, tmp_path):
+    for every, expected in ((0, [96, 192]), (32, [96, 192, 224, 256])):
+        copy = tmp_path / str(every)
+        shutil.copytree(whole[0].path, copy)
+        longer = f"algorithm.total_frames={FRAMES + 64}"
+        run = train(load_config([f"resume={copy}", longer, f"evaluation.every_frames={every}"]), silent())
+        evaluated = [record["frames"] for record in run.read_metrics() if "eval/spl" in record]
+        assert evaluated == expected
 
 
 def test_a_limit_in_minutes_ends_the_training(room, tmp_path):
     run = train(settings(room, tmp_path / "run", "algorithm.max_minutes=1e-6"), silent())
     assert int(run.checkpoint("latest").stem) == 32
+    resumed = train(load_config([f"resume={run.path}"]), silent())
+    assert int(resumed.checkpoint("latest").stem) == 32
+
+
+def test_the_algorithm_saves_loads_and_predicts_as_stable_baselines3s_do(room, tmp_path):
+    config = settings(room, tmp_path / "run")
+    model = make_model(config, load_split(config, "train"))
+    model.learn(64)
+    model.save(tmp_path / "model")
+    loaded = PPO.load(tmp_path / "model", env=model.env, device="cpu")
+    observations, states = model.env.reset(), (None, None)
+    starts = np.ones(4, dtype=bool)
+    for _ in range(5):
+        (actions, one), (again, other) = (
+            agent.predict(observations, state, starts, deterministic=True)
+            for agent, state in zip((model, loaded), states, strict=True)
+        )
+        assert actions.tolist() == again.tolist()
+        assert np.array_equal(one[0], other[0])
+        observations, _, starts, _ = model.env.step(actions)
+        states = (one, other)
+    loaded.learn(32, reset_num_timesteps=False)
+    assert loaded.num_timesteps == 96
+    model.env.close()
 
 
 def test_broken_and_foreign_checkpoints_are_refused_before_training(whole, room, tmp_path):
@@ -190,14 +253,14 @@ def test_a_run_is_never_overwritten_and_missing_splits_are_named(whole, room, tm
         train(settings(room, whole[0].path), silent())
     with pytest.raises(ValueError, match="'testing'"):
         train(settings(room, tmp_path / "run", "scenes.val_split=testing"), silent())
+    with pytest.raises(ValueError, match="no default weights ship for encoder 'fcn8'"):
+        train(settings(room, tmp_path / "run", "encoder.name=fcn8", "encoder.weights=default"), silent())
     assert not (tmp_path / "run").exists()
     with pytest.raises(ConfigError, match="not the folder of a run"):
         load_config([f"resume={tmp_path}"])
 
 
 def test_saved_settings_are_those_asked_for(whole):
-    from navagent.config import read_config
-
     config = read_config(whole[0].config_path)
     assert config.algorithm.total_frames == FRAMES
     assert config.memory.hidden_size == 16

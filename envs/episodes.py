@@ -170,6 +170,12 @@ def find_scene(scene_id: str, scenes_dir: str | Path) -> Path:
     )
 
 
+def find_scenes(episodes: Iterable[Episode], scenes_dir: str | Path) -> dict[str, Path]:
+    """The file of every scene that episodes name, by the name; see :func:`find_scene`."""
+    names = dict.fromkeys(episode.scene_id for episode in episodes)
+    return {name: find_scene(name, scenes_dir) for name in names}
+
+
 def generate_episodes(
     paths: PathQueries,
     scene_index: int,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from gymnasium.vector import AutoresetMode
 
-from envs.episodes import Episode, EpisodeError, find_scene, read_dataset
+from envs.episodes import Episode, EpisodeError, find_scenes, read_dataset
 from envs.files import cache_dir
 from envs.gym_env import PointNavEnv
 from envs.noise import NoiseConfig
@@ -65,9 +65,7 @@ def load_split(
         EpisodeError: the episodes or a scene cannot be found or read; the message says which.
     """
     episodes = read_dataset(split_file(dataset, split))
-    folder = Path(scenes_dir or dataset)
-    scenes = {scene: find_scene(scene, folder) for scene in {episode.scene_id for episode in episodes}}
-    return episodes, scenes
+    return episodes, find_scenes(episodes, scenes_dir or dataset)
 
 
 def make_vector_env(

@@ -76,13 +76,10 @@ class Split:
 
 def read_split(file: Path, scenes_dir: Path, name: str) -> Split:
     """Reads a split's episodes and finds their scenes under ``scenes_dir``."""
-    from envs.episodes import find_scene, read_dataset
+    from envs.episodes import find_scenes, read_dataset
 
     episodes = tuple(read_dataset(file))
-    if not episodes:
-        raise ConfigError(f"{file}: the split {name!r} holds no episodes")
-    scenes = {scene: find_scene(scene, scenes_dir) for scene in dict.fromkeys(e.scene_id for e in episodes)}
-    return Split(name, episodes, scenes)
+    return Split(name, episodes, find_scenes(episodes, scenes_dir))
 
 
 def load_split(config: TrainConfig, name: str) -> Split:

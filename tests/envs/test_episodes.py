@@ -11,6 +11,7 @@ from envs.episodes import (
     Episode,
     EpisodeError,
     find_scene,
+    find_scenes,
     generate_episodes,
     read_dataset,
     scene_name,
@@ -241,6 +242,15 @@ def test_scenes_are_found_with_and_without_habitats_prefix(tmp_path):
     assert find_scene(str(scene), tmp_path / "nowhere") == scene
     with pytest.raises(EpisodeError, match=r"tried .*gibson/Other\.glb"):
         find_scene("gibson/Other.glb", tmp_path)
+
+
+def test_every_scene_that_episodes_name_is_found_once(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.glb").touch()
+    episodes = [episode(str(k), scene) for k, scene in enumerate(("b.glb", "a.glb", "b.glb"))]
+    assert find_scenes(episodes, tmp_path) == {"b.glb": tmp_path / "b.glb", "a.glb": tmp_path / "a.glb"}
+    with pytest.raises(EpisodeError, match=r"c\.glb"):
+        find_scenes([*episodes, episode(scene="c.glb")], tmp_path)
 
 
 class Corridors:

@@ -58,8 +58,9 @@ def test_variants_of_the_task_are_those_of_the_environments(name):
     assert noise(config) == published.noise
 
 
-def test_the_challenges_cameras_are_those_of_the_environments():
-    config, published = load_config(["experiment=challenge_2021"]), variant("challenge-2021")
+@pytest.mark.parametrize("year", [2020, 2021])
+def test_the_challenges_cameras_are_those_of_the_environments(year):
+    config, published = load_config([f"experiment=challenge_{year}"]), variant(f"challenge-{year}")
     sensors = config.sensors
     for setting in ("hfov_deg", "sensor_height", "pitch_deg"):
         assert getattr(sensors, setting) == getattr(published, setting)

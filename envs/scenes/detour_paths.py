@@ -118,6 +118,17 @@ def heap_update(s: Scratch, worker: int, size: int, node: int) -> None:
 
 
 @wp.func
+def heap_open(s: Scratch, worker: int, size: int, node: int) -> int:
+    """Lets a node wait at its new total, whether it waits already or not; returns the heap's size then."""
+    if s.flags[worker, node] == OPEN:
+        heap_update(s, worker, size, node)
+        return size
+    s.flags[worker, node] = OPEN
+    heap_rise(s, worker, size, node)
+    return size + 1
+
+
+@wp.func
 def portal(m: Meshes, polygon: int, target: int) -> int:
     """First link from a polygon to another."""
     for link in range(m.link_start[polygon], m.link_start[polygon + 1]):
@@ -179,12 +190,7 @@ def search_corridor(
             s.parent[worker, other] = node
             s.cost[worker, other] = cost
             s.total[worker, other] = total
-            s.flags[worker, other] = OPEN
-            if state == OPEN:
-                heap_update(s, worker, waiting, other)
-            else:
-                heap_rise(s, worker, waiting, other)
-                waiting += 1
+            waiting = heap_open(s, worker, waiting, other)
     length = int(0)
     # Habitat takes a search that ran out of nodes for no path, even if it found one.
     if found >= 0 and not full:
@@ -367,12 +373,7 @@ def wall_distance(m: Meshes, s: Scratch, worker: int, first: int, centre: wp.vec
                 continue
             s.parent[worker, other] = node
             s.total[worker, other] = total
-            s.flags[worker, other] = OPEN
-            if state == OPEN:
-                heap_update(s, worker, waiting, other)
-            else:
-                heap_rise(s, worker, waiting, other)
-                waiting += 1
+            waiting = heap_open(s, worker, waiting, other)
     forget_nodes(s, worker, count)
     return wp.sqrt(least)
 

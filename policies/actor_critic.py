@@ -137,11 +137,19 @@ class NavigationPolicy(ActorCriticPolicy):
         return torch.zeros(num_agents, *self.memory_shape, device=self.device)
 
     def frozen_features(self, obs: Observation) -> dict[str, Tensor]:
-        """What learning never changes about observations (N, ...), by image name.
+        """What learning never changes about observations (N, ...), as "image/feature".
 
         Each is float32 and worth storing once a frame; empty where the method trains its whole encoder.
         """
         return self.features_extractor.frozen_features(obs)
+
+    def penalty(self) -> Tensor:
+        """What the adaptation adds to the training loss: (), 0 for most methods."""
+        return self.features_extractor.penalty()
+
+    def set_progress(self, samples: int, total: int) -> None:
+        """Tells the adaptation that ``samples`` of ``total`` frames were seen; between updates only."""
+        self.features_extractor.set_progress(samples, total)
 
     def act(
         self,

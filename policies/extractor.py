@@ -11,7 +11,7 @@ adapted encoder:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -172,8 +172,9 @@ class AdaptedExtractor(BaseFeaturesExtractor):
         observed = self._by_name(observations)
         features = []
         for key, method in self.adaptations.items():
-            stored = None if frozen is None else frozen.get(key)
-            adapted = method(self._image(key, observed[key]), stored)
+            own = f"{key}/"
+            stored = {n.removeprefix(own): v for n, v in (frozen or {}).items() if n.startswith(own)}
+            adapted = method(self._image(key, observed[key]), stored or None)
             features.append(self.heads[key](adapted))
         for key, embedding in self.embeddings.items():
             value = observed[key]
@@ -181,24 +182,36 @@ class AdaptedExtractor(BaseFeaturesExtractor):
         return torch.cat(features, dim=1)
 
     def frozen_features(self, observations: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
-        """What learning never changes, by image name: float32 (N, C, h, w) or (N, C); empty if nothing."""
+        """What learning never changes, each (N, ...) float32, as "image/feature"; empty if nothing."""
         observed = self._by_name(observations)
         found = {}
-        for key, method in self.adaptations.items():
-            assert isinstance(method, Adaptation)
-            base = method.base_features(self._image(key, observed[key]))
-            if base is not None:
-                found[key] = base
+        for key, method in self._methods():
+            for name, value in method.base_features(self._image(key, observed[key])).items():
+                found[f"{key}/{name}"] = value
         return found
+
+    def penalty(self) -> Tensor:
+        """What the methods add to the training loss: ()."""
+        penalties = [method.penalty() for _, method in self._methods()]
+        return torch.stack(penalties).sum() if penalties else torch.zeros(())
+
+    def set_progress(self, samples: int, total: int) -> None:
+        """Tells the methods how far training is, see :meth:`Adaptation.set_progress`."""
+        for _, method in self._methods():
+            method.set_progress(samples, total)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Optimiser groups: each adaptation's own, and one for heads and embeddings."""
         groups: list[dict[str, Any]] = []
-        for method in self.adaptations.values():
-            assert isinstance(method, Adaptation)
+        for _, method in self._methods():
             groups += method.parameter_groups(weight_decay)
         rest = [*self.heads.parameters(), *self.embeddings.parameters()]
         return [*groups, {"params": rest, "weight_decay": weight_decay}]
+
+    def _methods(self) -> Iterator[tuple[str, Adaptation]]:
+        for key, method in self.adaptations.items():
+            assert isinstance(method, Adaptation)
+            yield key, method
 
     def _by_name(self, observations: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
         return {"image": observations} if isinstance(observations, Tensor) else observations

@@ -36,16 +36,17 @@ from navagent.learning.imitation import (
 )
 from navagent.learning.rollout import SequenceBatch, SequenceBuffer, TensorEnv, tensor_env
 
-_POLICY_METHODS = ("initial_memory", "act", "evaluate_sequences")
+_POLICY_METHODS = ("initial_memory", "act", "evaluate_sequences", "penalty", "set_progress")
 
 
 class PPO(OnPolicyAlgorithm):
     """PPO for policies with memory over frozen features, with an optional imitation phase before it.
 
-    The policy class must be a Stable-Baselines3 policy that also has ``initial_memory``, ``act`` and
-    ``evaluate_sequences`` (see :class:`policies.actor_critic.NavigationPolicy`). Callbacks, loggers,
-    ``save``, ``load`` and ``predict`` are Stable-Baselines3's. A callback may also define ``on_update_end()
-    -> bool``, called after each update; returning False ends the training.
+    The policy class must be a Stable-Baselines3 policy that also has ``initial_memory``, ``act``,
+    ``evaluate_sequences``, ``penalty`` and ``set_progress``, as
+    :class:`policies.actor_critic.NavigationPolicy` has. Callbacks, loggers, ``save``, ``load`` and
+    ``predict`` are Stable-Baselines3's. A callback may also define ``on_update_end() -> bool``, called after
+    each update; returning False ends the training.
     """
 
     policy_aliases: ClassVar[dict[str, Any]] = {}
@@ -266,6 +267,7 @@ class PPO(OnPolicyAlgorithm):
         if self.anchor is not None and self.imitation.anchor_weight(self.num_timesteps) == 0:
             self.anchor = None
         policy.set_training_mode(False)
+        policy.set_progress(self.num_timesteps, self._total_timesteps)
         rollout_buffer.start(self._memory)
         self.episodes_of_rollout = []
         callback.on_rollout_start()
@@ -419,6 +421,7 @@ class PPO(OnPolicyAlgorithm):
                     loss, record = imitation_objective(logits, values, batch, self.imitation, self.vf_coef)
                 else:
                     loss, record = self._ppo_objective(values, log_probs, entropy, logits, batch)
+                loss = loss + policy.penalty()
                 record["train/loss"] = loss.detach()
                 record["train/entropy"] = entropy.detach().mean()
                 self._check_finite(record)

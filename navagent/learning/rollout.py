@@ -127,6 +127,7 @@ class SequenceBuffer:
         self.length = 0
         self.advantages = self.returns = None
         self._optional = dict.fromkeys(self._optional, False)
+        self._frozen: set[str] = set()
 
     def _store(self, name: str, value: Tensor, dtype: torch.dtype | None = None) -> None:
         block = self._blocks.get(name)
@@ -156,6 +157,7 @@ class SequenceBuffer:
             self._store("obs/" + key, value)
         for key, value in (frozen or {}).items():
             self._store("frozen/" + key, value, self.feature_dtype)
+            self._frozen.add("frozen/" + key)
         self._store("actions", actions, torch.int64)
         self._store("rewards", rewards, torch.float32)
         self._store("episode_starts", episode_starts, torch.bool)
@@ -219,7 +221,7 @@ class SequenceBuffer:
         frozen = {
             name.removeprefix("frozen/"): pick(block).float()
             for name, block in blocks.items()
-            if name.startswith("frozen/")
+            if name in self._frozen
         }
         return SequenceBatch(
             observations={

@@ -11,6 +11,7 @@ from policies.adaptation.feature_extraction import FeatureExtraction
 from policies.adaptation.finetune import FineTuning
 from policies.adaptation.scratch import Scratch, ScratchConfig
 from policies.adaptation.side_tuning import SideTuning, SideTuningConfig
+from policies.encoders import Encoder
 
 __all__ = [
     "ADAPTATIONS",
@@ -36,8 +37,14 @@ ADAPTATIONS: dict[str, type[Adaptation]] = {
 """Methods by the name that selects them."""
 
 
-def make_adaptation(name: str, **options: Any) -> Adaptation:
-    """Builds a method, from the fields of its configuration (``encoder``, ``weights``, ``channels``, ...).
+def make_adaptation(name: str, base: Encoder | None = None, **options: Any) -> Adaptation:
+    """Builds a method.
+
+    Args:
+        name: a key of :data:`ADAPTATIONS`.
+        base: the pre-trained network to adapt, which is copied; None makes it from ``encoder``, ``weights``
+            and ``channels``.
+        options: fields of the method's configuration.
 
     Raises:
         ValueError: for an unknown method or option, naming the nearest known one, or a wrong value.
@@ -49,7 +56,7 @@ def make_adaptation(name: str, **options: Any) -> Adaptation:
     for option in options:
         if option not in fields:
             raise ValueError(f"adaptation {name!r} has no option {option!r}{_nearest(option, fields)}")
-    return method(method.config_class(**options))  # type: ignore[call-arg]
+    return method(method.config_class(**options), base)  # type: ignore[call-arg]
 
 
 def _nearest(name: str, known: list[str]) -> str:

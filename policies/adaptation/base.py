@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from policies.encoders import Encoder, make_encoder
+from policies.encoders import BlockEncoder, Encoder, make_encoder
+
+DEFAULT_TASK = "task"
+"""Name of the first task, the only one outside of incremental learning."""
+
+BASE = "base"
+"""Name of the base's output among stored features."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +59,31 @@ class FrozenEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
-        """Features (N, C, h, w) or (N, C), float32, of images (N, H, W, channels) as sensors give them."""
+        """Features, float32, of images (N, H, W, channels) as sensors give them; without gradients.
+
+        Methods that work inside of the network use :attr:`encoder`, through which gradients flow.
+        """
         return self.encoder(self.encoder.preprocess(image)).float()
+
+    def sha256(self) -> str:
+        """SHA-256 of the weights, by name, type, shape and bytes: 64 hexadecimal digits."""
+        return tensors_sha256(self.encoder.state_dict())
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors, by name, type, shape and bytes: 64 hexadecimal digits.
+
+    The same for the same values wherever they are stored. Counters of BatchNorm do not enter: no output
+    depends on them.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        if name.endswith("num_batches_tracked"):
+            continue
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 class TrainableEncoder(nn.Module):
@@ -81,34 +111,109 @@ class TrainableEncoder(nn.Module):
         return self
 
     def forward(self, image: Tensor) -> Tensor:
-        """Features (N, C, h, w) or (N, C) of images (N, H, W, channels)."""
+        """Features of images (N, H, W, channels)."""
         return self.encoder(self.encoder.preprocess(image))
 
 
 class Adaptation(nn.Module, ABC):
-    """From images to features that suit the task, by one method."""
+    """From images to features that suit the task, by one method.
+
+    What one task learns is one module in :attr:`adapters`; the frozen base beside it, if the method has one,
+    is :attr:`base`. Most uses have the one task that a new object starts with. For tasks in sequence,
+    :meth:`start_task` begins the next: the optimiser has to be made anew then, since only the parameters of
+    the task that was started last learn.
+
+    A subclass sets :attr:`base` (or other networks that tasks share), then starts :data:`DEFAULT_TASK`.
+    """
 
     config_class: ClassVar[type[AdaptationConfig]] = AdaptationConfig
+    """The method's settings."""
+    several_tasks: ClassVar[bool] = True
+    """Whether the method keeps what one task learned apart from the next."""
+    base: FrozenEncoder
+    """The frozen encoder; absent where the method has none."""
+
+    def __init__(self, config: AdaptationConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.adapters = nn.ModuleDict()
+        self.task = ""
 
     @abstractmethod
-    def forward(self, image: Tensor, base_features: Tensor | None = None) -> Tensor:
-        """Adapted features.
+    def make_adapter(self) -> nn.Module:
+        """What a new task trains, in its initial state."""
+
+    @abstractmethod
+    def forward(self, image: Tensor, base_features: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Features adapted to the current task.
 
         Args:
             image: (N, H, W, C) uint8, or float with values in 0..1.
             base_features: what :meth:`base_features` gave for these images, to not compute it again.
 
         Returns:
-            (N, C, h, w) or (N, C).
+            (N, C, h, w), (N, T, D) or (N, C).
         """
-
-    @abstractmethod
-    def base_features(self, image: Tensor) -> Tensor | None:
-        """What never changes for an image and so can be stored: float32, or None where nothing can be."""
 
     @abstractmethod
     def output_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Shape of one image's adapted features for images of height x width pixels."""
+
+    def base_features(self, image: Tensor) -> dict[str, Tensor]:
+        """What never changes for an image and so can be stored: float32, by name; may be empty."""
+        return {}
+
+    @property
+    def adapter(self) -> nn.Module:
+        """What the current task trains."""
+        return self.adapters[self.task]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks begun so far, in their order."""
+        return tuple(self.adapters)
+
+    def start_task(self, task: str) -> None:
+        """Makes ``task`` the one that is computed and that learns; a new name begins a new task.
+
+        Gradients of the other tasks are dropped: an optimiser that still held them would go on to move them.
+
+        Raises:
+            ValueError: for a second task where the method has but one, or a name that cannot be stored.
+        """
+        if task not in self.adapters:
+            if not task or "." in task:
+                raise ValueError(f"task {task!r}: expected a name without dots")
+            if self.adapters and not self.several_tasks:
+                raise ValueError(
+                    f"{type(self).__name__} adapts to one task, {self.task!r}; "
+                    f"make another object for {task!r}"
+                )
+            adapter = self.make_adapter().train(self.training)
+            weights = next((b for b in self.buffers()), None)
+            self.adapters[task] = adapter if weights is None else adapter.to(weights.device)
+        self.task = task
+        for name, other in self.adapters.items():
+            for parameter in other.parameters():
+                parameter.requires_grad_(name == task)
+                parameter.grad = None if name != task else parameter.grad
+
+    def finish_task(self, losses: Iterable[Tensor]) -> None:
+        """Ends the training of the current task, for methods that note which parameters mattered for it.
+
+        Args:
+            losses: scalar losses, one each for samples of the task's data, connected to the parameters.
+        """
+
+    def penalty(self) -> Tensor:
+        """A term that the training loss has to include: (), 0 for most methods."""
+        return torch.zeros((), device=next((t.device for t in [*self.parameters(), *self.buffers()]), None))
+
+    def set_progress(self, samples: int, total: int) -> None:
+        """Tells how far training is, for methods with a schedule: ``samples`` of ``total`` were learned from.
+
+        Called between updates, never between the collecting of samples and the learning from them.
+        """
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that learning changes."""
@@ -118,20 +223,57 @@ class Adaptation(nn.Module, ABC):
         """Optimiser groups of the trainable parameters; methods exempt from decay what it would distort."""
         return [{"params": list(self.trainable_parameters()), "weight_decay": weight_decay}]
 
+    def delta(self) -> dict[str, Tensor]:
+        """What the method adds to its base, as it is stored: its state without the frozen encoder."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("base.")}
+
+    def load_delta(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes what :meth:`delta` gave, on the same base and with the same tasks begun.
+
+        Raises:
+            ValueError: if the tensors are not those of this method and setting.
+        """
+        own = self.delta()
+        faults = [f"missing {name}" for name in own if name not in tensors]
+        faults += [f"unexpected {name}" for name in tensors if name not in own]
+        faults += [
+            f"{name} {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
+            for name, value in own.items()
+            if name in tensors and tensors[name].shape != value.shape
+        ]
+        if faults:
+            raise ValueError(f"these tensors do not fit {type(self).__name__}: {'; '.join(faults[:4])}")
+        self.load_state_dict(dict(tensors), strict=False)
+
 
 class WholeEncoder(Adaptation):
-    """What fine-tuning and training from scratch share: one encoder, all of which learns."""
+    """What fine-tuning and training from scratch share: an encoder, all of which learns."""
 
-    network: TrainableEncoder
+    @property
+    def network(self) -> TrainableEncoder:
+        """The encoder of the current task."""
+        network = self.adapter
+        assert isinstance(network, TrainableEncoder)
+        return network
 
-    def forward(self, image: Tensor, base_features: Tensor | None = None) -> Tensor:
+    def forward(self, image: Tensor, base_features: Mapping[str, Tensor] | None = None) -> Tensor:
         """The encoder's features, see :meth:`Adaptation.forward`."""
         return self.network(image)
-
-    def base_features(self, image: Tensor) -> None:
-        """Nothing: every feature changes as the encoder learns."""
-        return None
 
     def output_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Shape of the encoder's features."""
         return self.network.encoder.output_shape(height, width)
+
+
+def as_blocks(encoder: Encoder, method: str) -> BlockEncoder:
+    """The encoder, if it has blocks for ``method`` to work on.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    if not isinstance(encoder, BlockEncoder):
+        raise ValueError(
+            f"{method} works block by block, and encoder {encoder.name!r} has none; choose a residual "
+            "network or a vision transformer"
+        )
+    return encoder

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from policies.adaptation.base import AdaptationConfig, TrainableEncoder, WholeEncoder
+import copy
+
+from policies.adaptation.base import DEFAULT_TASK, AdaptationConfig, TrainableEncoder, WholeEncoder
+from policies.encoders import Encoder
 
 
 class FineTuning(WholeEncoder):
-    """One pre-trained encoder, all of it trainable."""
+    """One pre-trained encoder, all of it trainable.
 
-    def __init__(self, config: AdaptationConfig) -> None:
-        super().__init__()
-        self.network = TrainableEncoder(config.make_encoder())
+    A further task goes on with the same network, so that what is lost of the earlier ones can be measured.
+    """
+
+    def __init__(self, config: AdaptationConfig, base: Encoder | None = None) -> None:
+        super().__init__(config)
+        network = config.make_encoder() if base is None else copy.deepcopy(base)
+        self.adapters[DEFAULT_TASK] = TrainableEncoder(network)
+        self.start_task(DEFAULT_TASK)
+
+    def start_task(self, task: str) -> None:
+        """Goes on with the one network under another name, see :meth:`Adaptation.start_task`."""
+        if self.task and task != self.task:
+            self.adapters[task] = self.adapters.pop(self.task)
+        super().start_task(task)
+
+    def make_adapter(self) -> TrainableEncoder:
+        """The one network."""
+        return self.network

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
-from policies.adaptation.base import AdaptationConfig, TrainableEncoder, WholeEncoder
+from policies.adaptation.base import DEFAULT_TASK, AdaptationConfig, TrainableEncoder, WholeEncoder
+from policies.encoders import Encoder
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,14 @@ class Scratch(WholeEncoder):
 
     config_class: ClassVar[type[AdaptationConfig]] = ScratchConfig
 
-    def __init__(self, config: ScratchConfig) -> None:
-        super().__init__()
-        self.network = TrainableEncoder(config.make_encoder(), keep_statistics=False)
+    def __init__(self, config: ScratchConfig, base: Encoder | None = None) -> None:
+        super().__init__(config)
+        # In a tuple, so that it is no part of this network.
+        self._design = (config.make_encoder() if base is None else base,)
+        self.start_task(DEFAULT_TASK)
+
+    def make_adapter(self) -> TrainableEncoder:
+        """A network of its own for each task, with random weights."""
+        network = copy.deepcopy(self._design[0])
+        network.initialise()
+        return TrainableEncoder(network, keep_statistics=False)

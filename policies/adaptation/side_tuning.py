@@ -6,13 +6,21 @@ R(x) = alpha B(x) + (1 - alpha) S(x), with alpha = sigmoid(a) learned from a = 0
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from policies.adaptation.base import Adaptation, AdaptationConfig, FrozenEncoder, TrainableEncoder
+from policies.adaptation.base import (
+    BASE,
+    DEFAULT_TASK,
+    Adaptation,
+    AdaptationConfig,
+    FrozenEncoder,
+    TrainableEncoder,
+)
 from policies.encoders import Encoder, make_encoder
 
 SideInit = Literal["copy", "distilled", "random", "low_energy"]
@@ -68,33 +76,58 @@ class SideTuningConfig(AdaptationConfig):
         return side
 
 
+class SideAdapter(nn.Module):
+    """What side-tuning trains for one task: the side network and alpha."""
+
+    def __init__(self, side: TrainableEncoder, alpha: float, learn_alpha: bool) -> None:
+        super().__init__()
+        self.side = side
+        logit = math.log(alpha / (1 - alpha)) if 0.0 < alpha < 1.0 else math.copysign(math.inf, alpha - 0.5)
+        start = torch.tensor(logit)
+        self.alpha_logit: Tensor
+        if learn_alpha:
+            self.alpha_logit = nn.Parameter(start)
+        else:
+            self.register_buffer("alpha_logit", start)
+
+
 class SideTuning(Adaptation):
     """A frozen base blended with a trainable side network."""
 
     config_class: ClassVar[type[AdaptationConfig]] = SideTuningConfig
+    config: SideTuningConfig
 
-    def __init__(self, config: SideTuningConfig) -> None:
-        super().__init__()
-        base = config.make_encoder()
-        self.base = FrozenEncoder(base)
-        self.side = TrainableEncoder(config.make_side(base), config.side_init in ("copy", "distilled"))
-        alpha = config.alpha
-        logit = math.log(alpha / (1 - alpha)) if 0.0 < alpha < 1.0 else math.copysign(math.inf, alpha - 0.5)
-        start = torch.tensor(logit)
-        self.alpha_logit: Tensor
-        if config.learn_alpha:
-            self.alpha_logit = nn.Parameter(start)
-        else:
-            self.register_buffer("alpha_logit", start)
+    def __init__(self, config: SideTuningConfig, base: Encoder | None = None) -> None:
+        super().__init__(config)
+        self.base = FrozenEncoder(base or config.make_encoder())
+        self.start_task(DEFAULT_TASK)
+
+    def make_adapter(self) -> SideAdapter:
+        """A side network in its initial state, and alpha."""
+        config = self.config
+        side = TrainableEncoder(
+            config.make_side(self.base.encoder), config.side_init in ("copy", "distilled")
+        )
+        return SideAdapter(side, config.alpha, config.learn_alpha)
+
+    @property
+    def side(self) -> TrainableEncoder:
+        """The current task's side network."""
+        return self.adapter.side  # type: ignore[return-value]
+
+    @property
+    def alpha_logit(self) -> Tensor:
+        """Logit of alpha."""
+        return self.adapter.alpha_logit  # type: ignore[return-value]
 
     @property
     def alpha(self) -> Tensor:
         """Weight of the base in the blend, a scalar in 0..1."""
         return torch.sigmoid(self.alpha_logit)
 
-    def forward(self, image: Tensor, base_features: Tensor | None = None) -> Tensor:
+    def forward(self, image: Tensor, base_features: Mapping[str, Tensor] | None = None) -> Tensor:
         """Blend of base and side features, see :meth:`Adaptation.forward`."""
-        base = self.base(image) if base_features is None else base_features
+        base = self.base(image) if base_features is None else base_features[BASE]
         side = self.side(image)
         if base.shape != side.shape:
             raise ValueError(
@@ -104,9 +137,9 @@ class SideTuning(Adaptation):
         alpha = self.alpha
         return alpha * base + (1 - alpha) * side
 
-    def base_features(self, image: Tensor) -> Tensor:
+    def base_features(self, image: Tensor) -> dict[str, Tensor]:
         """The frozen base's features."""
-        return self.base(image)
+        return {BASE: self.base(image)}
 
     def output_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Shape of the blend, see :meth:`Adaptation.output_shape`."""

@@ -6,14 +6,12 @@ import difflib
 from collections.abc import Callable
 from pathlib import Path
 
-from torch import nn
-
-from policies.encoders.base import Encoder, InputSpec
+from policies.encoders.base import BlockEncoder, Encoder, InputSpec
 from policies.encoders.fcn import FCN3, FCN4, FCN5, FCN8, fcn5_small
 from policies.encoders.resnet_cifar import ResNet44
 from policies.weights import read_weights
 
-__all__ = ["ENCODERS", "Encoder", "InputSpec", "default_weights", "make_encoder"]
+__all__ = ["ENCODERS", "BlockEncoder", "Encoder", "InputSpec", "default_weights", "make_encoder"]
 
 ENCODERS: dict[str, Callable[[int], Encoder]] = {
     "fcn3": FCN3,
@@ -62,10 +60,9 @@ def make_encoder(name: str, channels: int = 3, weights: str | Path = "default") 
         near = difflib.get_close_matches(name, ENCODERS, 1, 0)
         raise ValueError(f"unknown encoder {name!r}; did you mean {near[0]!r}? Known: {', '.join(ENCODERS)}")
     encoder = ENCODERS[name](channels)
+    encoder.name = name
     if str(weights) == "random":
-        for module in encoder.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight)
+        encoder.initialise()
         return encoder
     path = default_weights(name, channels) if str(weights) == "default" else Path(weights)
     encoder.load_tensors(read_weights(path).tensors, str(path))

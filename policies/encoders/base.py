@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,13 +33,16 @@ class InputSpec:
 
 
 class Encoder(nn.Module):
-    """A network from an image to a feature map (N, C, h, w) or vector (N, C)."""
+    """A network from an image to a feature map (N, C, h, w), tokens (N, T, D) or a vector (N, C)."""
 
+    name: str = ""
+    """The name it was made by, see :data:`policies.encoders.ENCODERS`; its class's where there is none."""
     output_layers: tuple[str, ...] = ()
     """Layers whose weights scale the output linearly, if there are such."""
 
     def __init__(self, input_spec: InputSpec) -> None:
         super().__init__()
+        self.name = type(self).__name__
         self.input_spec = input_spec
 
     def preprocess(self, image: Tensor) -> Tensor:
@@ -66,7 +70,7 @@ class Encoder(nn.Module):
         return (pixels / std).sub_(mean / std)
 
     def output_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Shape of one image's features for images of height x width pixels: (C, h, w) or (C,)."""
+        """Shape of one image's features for images of height x width pixels: (C, h, w), (T, D) or (C,)."""
         parameter = next(iter([*self.parameters(), *self.buffers()]))
         image = torch.zeros(1, height, width, self.input_spec.channels, device=parameter.device)
         training = self.training
@@ -79,6 +83,15 @@ class Encoder(nn.Module):
         finally:
             self.train(training)
         return tuple(shape)
+
+    def initialise(self) -> None:
+        """Draws fresh random weights: Xavier's for convolutions, each layer's own default for the rest."""
+        for module in self.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight)
 
     def scale_outputs(self, factor: float) -> None:
         """Multiplies the output by ``factor``, by scaling the weights of the last layers."""
@@ -112,3 +125,33 @@ class Encoder(nn.Module):
         if faults:
             raise ValueError(f"{source} does not fit {type(self).__name__}: " + "; ".join(faults))
         self.load_state_dict({**own, **{k: v.to(own[k].dtype) for k, v in tensors.items()}})
+
+
+class BlockEncoder(Encoder):
+    """An encoder that is a stem, a chain of blocks and a neck.
+
+    Methods that work block by block (routing, ladders, columns, adapters) take any of these. A block maps one
+    tensor to one: maps (N, C, h, w) in a convolutional network, tokens (N, T, D) in a transformer. Names of
+    parameters are free, so that published files load unchanged; ``blocks`` only lists modules that have a
+    place elsewhere in the network.
+    """
+
+    @property
+    @abstractmethod
+    def blocks(self) -> Sequence[nn.Module]:
+        """The blocks, in the order in which they are computed."""
+
+    @abstractmethod
+    def stem(self, x: Tensor) -> Tensor:
+        """What the first block takes, of preprocessed images (N, C, H, W)."""
+
+    @abstractmethod
+    def neck(self, x: Tensor) -> Tensor:
+        """The features, of what the last block gives."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features of preprocessed images (N, C, H, W)."""
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.neck(x)

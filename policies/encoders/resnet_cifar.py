@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from policies.encoders.base import Encoder, InputSpec
+from policies.encoders.base import BlockEncoder, InputSpec
 from policies.encoders.fcn import CIFAR_MEAN, CIFAR_STD
 
 
@@ -35,7 +35,7 @@ def _stage(inputs: int, outputs: int, stride: int, blocks: int = 7) -> nn.Sequen
     )
 
 
-class ResNet44(Encoder):
+class ResNet44(BlockEncoder):
     """Three stages of seven residual blocks and a global average: (N, C, 32, 32) to (N, 64)."""
 
     def __init__(self, channels: int = 3) -> None:
@@ -49,7 +49,15 @@ class ResNet44(Encoder):
         self.layer2 = _stage(16, 32, 2)
         self.layer3 = _stage(32, 64, 2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Features of preprocessed images (N, C, H, W)."""
-        x = F.relu(self.bn1(self.conv1(x)))
-        return torch.mean(self.layer3(self.layer2(self.layer1(x))), dim=(2, 3))
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The 21 residual blocks."""
+        return [*self.layer1, *self.layer2, *self.layer3]
+
+    def stem(self, x: Tensor) -> Tensor:
+        """First convolution: (N, C, 32, 32) to (N, 16, 32, 32)."""
+        return F.relu(self.bn1(self.conv1(x)))
+
+    def neck(self, x: Tensor) -> Tensor:
+        """Global average: (N, 64, 8, 8) to (N, 64)."""
+        return torch.mean(x, dim=(2, 3))

@@ -164,6 +164,12 @@ class LineVecEnv(VecEnv):
 class MemorylessPolicy(MultiInputActorCriticPolicy):
     """A plain Stable-Baselines3 policy with the methods that sequences need."""
 
+    def penalty(self):
+        return torch.zeros(())
+
+    def set_progress(self, samples, total):
+        self.progress = (samples, total)
+
     def initial_memory(self, n: int) -> Tensor:
         return torch.zeros(n, 0)
 
@@ -184,6 +190,12 @@ class MemorylessPolicy(MultiInputActorCriticPolicy):
 
 class RecurrentPolicy(MultiInputActorCriticPolicy):
     """Offset and a frozen feature of the image into a GRU cell."""
+
+    def penalty(self):
+        return torch.zeros(())
+
+    def set_progress(self, samples, total):
+        self.progress = (samples, total)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -110,7 +110,7 @@ def test_stored_features_replace_the_base(monkeypatch):
     seen = observation(space)
     stored = extractor.frozen_features(seen)
     expected = extractor(seen)
-    assert set(stored) == {"rgb", "depth"}
+    assert set(stored) == {"rgb/base", "depth/base"}
 
     def fail(image):
         raise AssertionError("the base ran again")

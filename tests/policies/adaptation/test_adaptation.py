@@ -4,34 +4,22 @@ import copy
 
 import pytest
 import torch
+from adaptation_cases import CASES
 from torch import nn
 
 from policies.adaptation import ADAPTATIONS, make_adaptation
 
-CASES = {
-    "sidetune": ("sidetune", {}),
-    "sidetune random side": ("sidetune", {"side_init": "random"}),
-    "sidetune quiet side": ("sidetune", {"side_init": "low_energy"}),
-    "sidetune fixed alpha": ("sidetune", {"learn_alpha": False}),
-    "sidetune vectors": ("sidetune", {"encoder": "resnet44"}),
-    "features": ("features", {}),
-    "features vectors": ("features", {"encoder": "resnet44"}),
-    "finetune": ("finetune", {}),
-    "finetune vectors": ("finetune", {"encoder": "fcn4"}),
-    "scratch": ("scratch", {}),
-    "scratch depth": ("scratch", {"channels": 1}),
-}
-FROZEN = [name for name, (method, _) in CASES.items() if method in ("sidetune", "features")]
+FROZEN = [name for name, case in CASES.items() if case.frozen_base]
 
 
 def make(case):
     torch.manual_seed(0)
-    name, options = CASES[case]
-    return make_adaptation(name, **{"weights": "random", **options})
+    row = CASES[case]
+    return make_adaptation(row.method, **{"weights": "random", **row.options})
 
 
 def images(method, number=3):
-    channels = CASES[method][1].get("channels", 3)
+    channels = CASES[method].options.get("channels", 3)
     generator = torch.Generator().manual_seed(1)
     if channels == 1:
         return torch.rand(number, 64, 64, 1, generator=generator)
@@ -39,7 +27,7 @@ def images(method, number=3):
 
 
 def test_every_method_has_a_case():
-    assert {method for method, _ in CASES.values()} == set(ADAPTATIONS)
+    assert {row.method for row in CASES.values()} == set(ADAPTATIONS)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -53,11 +41,11 @@ def test_stored_features_change_nothing(case):
     method = make(case).eval()
     image = images(case)
     stored = method.base_features(image)
-    assert (stored is not None) == (case in FROZEN)
-    if stored is not None:
-        assert stored.dtype == torch.float32
-        assert not stored.requires_grad
-    torch.testing.assert_close(method(image, stored), method(image), rtol=0, atol=0)
+    assert bool(stored) == CASES[case].stores
+    for value in stored.values():
+        assert value.dtype == torch.float32
+        assert not value.requires_grad
+    torch.testing.assert_close(method(image, stored or None), method(image), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("case", FROZEN)
@@ -105,8 +93,8 @@ def test_optimiser_groups_hold_each_trainable_parameter_once(case):
 def test_a_saved_state_restores_the_method(case):
     method = make(case).eval()
     torch.manual_seed(99)
-    name, options = CASES[case]
-    other = make_adaptation(name, **{"weights": "random", **options}).eval()
+    row = CASES[case]
+    other = make_adaptation(row.method, **{"weights": "random", **row.options}).eval()
     image = images(case)
     assert not torch.equal(other(image), method(image))
     other.load_state_dict(method.state_dict())
@@ -131,7 +119,7 @@ def test_half_precision_training_stays_near_and_finite(case):
     with torch.autocast("cpu", torch.bfloat16):
         rough = method(image)
         stored = method.base_features(image)
-    assert stored is None or stored.dtype == torch.float32
+    assert all(value.dtype == torch.float32 for value in stored.values())
     assert torch.isfinite(rough).all()
     assert (rough.float() - exact).abs().mean() < 0.05 * exact.abs().mean() + 1e-3
 

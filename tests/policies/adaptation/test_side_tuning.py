@@ -110,7 +110,7 @@ def test_base_and_side_of_different_shape_are_refused(image):
 
 def test_stored_features_of_another_shape_are_refused(image):
     with pytest.raises(ValueError, match=r"base features \(4, 3\)"):
-        make()(image, torch.zeros(4, 3))
+        make()(image, {"base": torch.zeros(4, 3)})
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,8 +195,7 @@ def pretrain(
         "seconds": round(time.perf_counter() - began),
         "unseen_homes": results,
     }
-    # Half precision: the loss of digits is far below what a step of training moves.
-    save_safetensors(weights, {k: v.half() for k, v in encoder.state_dict().items()}, about)
+    save_safetensors(weights, _half(encoder.state_dict()), about)
     save_safetensors(out / "decoder.safetensors", decoder.state_dict(), about)
     with atomic_write(out / "card.json") as temporary:
         temporary.write_text(json.dumps({**about, "sha256": sha256(weights)}, indent=1) + "\n")
@@ -291,6 +290,15 @@ class _Training:
                 state["state"].setdefault(int(index), {})[key] = value
         self.optimizer.load_state_dict(state)
         return True
+
+
+def _half(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights in half precision, which loses far less than a step of training moves.
+
+    Statistics of BatchNorm stay as they are: a variance can be too small for it, a counter too large.
+    """
+    kept = ("running_mean", "running_var", "num_batches_tracked")
+    return {name: value if name.endswith(kept) else value.half() for name, value in tensors.items()}
 
 
 def masked_l1(prediction: Tensor, target: Tensor) -> Tensor:

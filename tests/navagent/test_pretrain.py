@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
 from envs.episodes import read_dataset, write_dataset
 from navagent.learning import pretrain as module
 from navagent.learning.pretrain import Frames, PretrainConfig, masked_l1, pretrain, render_frames
-from policies.encoders import make_encoder
+from policies.encoders import ENCODERS, Encoder, InputSpec, make_encoder
 from policies.weights import read_safetensors
 
 QUIET = Console(file=io.StringIO())
@@ -73,6 +74,37 @@ def test_learns_depth_better_than_blind_predictors(tmp_path):
     pretrain(settings, stripes, QUIET)
     results = result(settings)
     assert results["network"]["mean_m"] < 0.8 * results["constant"]["mean_m"]
+
+
+class Normalised(Encoder):
+    """A small encoder with BatchNorm, as residual networks have."""
+
+    def __init__(self, channels):
+        super().__init__(InputSpec(channels))
+        self.layers = nn.Sequential(nn.Conv2d(channels, 8, 8, stride=8), nn.BatchNorm2d(8), nn.ReLU())
+
+    def forward(self, x):
+        return self.layers(x * 1e-4)
+
+
+def test_statistics_of_batchnorm_are_stored_exactly(tmp_path, monkeypatch):
+    monkeypatch.setitem(ENCODERS, "normalised", Normalised)
+    settings = config(tmp_path, encoder="normalised", steps=100)
+    stored = read_safetensors(pretrain(settings, stripes, QUIET)).tensors
+    state = read_safetensors(settings.out / "state.safetensors").tensors
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert torch.equal(stored[f"layers.1.{name}"], state[f"modules.encoder.layers.1.{name}"])
+    assert stored["layers.1.num_batches_tracked"] == 100
+    assert stored["layers.0.weight"].dtype == torch.float16
+    make_encoder("normalised", 3, settings.out / "encoder.safetensors")
+
+
+@pytest.mark.parametrize("name", [name for name in ("resnet_small", "vit_mini") if name in ENCODERS])
+def test_small_networks_with_blocks_learn(name, tmp_path):
+    settings = config(tmp_path, encoder=name, height=64, width=64, steps=30, learning_rate=1e-3)
+    make_encoder(name, 3, pretrain(settings, stripes, QUIET))
+    results = result(settings)
+    assert results["network"]["mean_deg"] < 0.9 * results["constant"]["mean_deg"]
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 from policies.encoders.base import BlockEncoder, Encoder, InputSpec
 from policies.encoders.fcn import FCN3, FCN4, FCN5, FCN8, fcn5_small
 from policies.encoders.resnet_cifar import ResNet44
+from policies.encoders.resnet_small import ResNetSmall
 from policies.weights import read_weights
 
 __all__ = ["ENCODERS", "BlockEncoder", "Encoder", "InputSpec", "default_weights", "make_encoder"]
@@ -20,6 +21,7 @@ ENCODERS: dict[str, Callable[[int], Encoder]] = {
     "fcn5_small": fcn5_small,
     "fcn8": FCN8,
     "resnet44": ResNet44,
+    "resnet_small": ResNetSmall,
 }
 """Encoders by the name that selects them; each is called with the number of input channels."""
 

@@ -213,24 +213,14 @@ def make_vector_env(
 
 def policy_settings(config: TrainConfig) -> dict[str, Any]:
     """Keyword arguments of :class:`policies.actor_critic.NavigationPolicy`."""
-    adaptation = config.adaptation
-    options: dict[str, Any] = {}
-    if adaptation.name == "sidetune":
-        options = {
-            "alpha": adaptation.alpha,
-            "learn_alpha": adaptation.learn_alpha,
-            "side_encoder": adaptation.side_encoder,
-            "side_init": adaptation.side_init,
-            "side_weights": adaptation.side_weights,
-        }
     # "default" leaves it to the method: training from scratch starts from random weights.
     weights = None if config.encoder.weights == "default" else config.encoder.weights
     return {
         "encoder": config.encoder.name,
         "weights": weights,
         "image_features": config.encoder.image_features,
-        "adaptation": adaptation.name,
-        "adaptation_options": options,
+        "adaptation": config.adaptation.name,
+        "adaptation_options": dict(config.adaptation.options),
         "memory": config.memory.name,
         "hidden_size": config.memory.hidden_size,
         "layers": config.memory.num_layers,

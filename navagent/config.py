@@ -17,7 +17,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -29,9 +29,6 @@ from envs.files import atomic_write
 
 GROUPS = ("scenes", "env", "sensors", "encoder", "adaptation", "memory", "algorithm", "experiment")
 """The groups of ``configs/``, one option of each in force."""
-
-ENCODERS = ("fcn3", "fcn4", "fcn5", "fcn5_small", "fcn8", "resnet44")
-"""Those of :mod:`policies.encoders`, whose import would take seconds."""
 
 SEE_ALL = "`navagent train --help` lists every setting, `navagent train --show-config` shows their values"
 
@@ -46,15 +43,35 @@ def setting(
     default: Any,
     help: str,
     *,
-    choices: Sequence[str] = (),
+    choices: Sequence[str] | Callable[[], Sequence[str]] = (),
     at_least: float | None = None,
     at_most: float | None = None,
     above: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """A dataclass field with the line that ``--help`` shows and the range that its value must lie in."""
+    """A dataclass field with the line that ``--help`` shows and the range that its value must lie in.
+
+    Choices that would take seconds to import are given as a function.
+    """
     limits = {"at_least": at_least, "at_most": at_most, "above": above, "below": below}
-    return field(default=default, metadata={"help": help, "choices": tuple(choices), **limits})
+    return field(default=default, metadata={"help": help, "choices": choices, **limits})
+
+
+def _encoders() -> tuple[str, ...]:
+    from policies.encoders import ENCODERS
+
+    return tuple(ENCODERS)
+
+
+def _methods() -> tuple[str, ...]:
+    from policies.adaptation import ADAPTATIONS
+
+    return tuple(ADAPTATIONS)
+
+
+def _choices(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    choices = metadata["choices"]
+    return tuple(choices() if callable(choices) else choices)
 
 
 @dataclass
@@ -129,8 +146,8 @@ class EncoderConfig:
 
     name: str = setting(
         "fcn5_small",
-        "network family in policies/encoders",
-        choices=ENCODERS,
+        "perception network, by its name in policies/encoders",
+        choices=_encoders,
     )
     weights: str = setting(
         "default", "pre-trained weights: 'default' (shipped for fcn5_small), 'random', or a file"
@@ -140,20 +157,11 @@ class EncoderConfig:
 
 @dataclass
 class AdaptationConfig:
-    """How the frozen encoder is adapted."""
+    """How the frozen encoder is adapted: the method, and the settings that this method has."""
 
-    name: str = setting("sidetune", "the method", choices=("sidetune", "features", "finetune", "scratch"))
-    alpha: float = setting(0.5, "sidetune: initial weight of the base in the blend", at_least=0, at_most=1)
-    learn_alpha: bool = setting(True, "sidetune: alpha is learned")
-    side_encoder: str | None = setting(
-        None, "sidetune: family of the side network; null for the base's", choices=ENCODERS
-    )
-    side_init: str = setting(
-        "copy",
-        "sidetune: how the side network starts",
-        choices=("copy", "distilled", "random", "low_energy"),
-    )
-    side_weights: str | None = setting(None, "sidetune: file of a side network distilled from the base")
+    name: str = setting("sidetune", "the method", choices=_methods)
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of the method that differ from its defaults, by name."""
 
 
 @dataclass
@@ -287,8 +295,28 @@ def settings(cls: type = TrainConfig, prefix: str = "") -> Iterator[Setting]:
         name = prefix + item.name
         if dataclasses.is_dataclass(kind):
             yield from settings(typing.cast(type, kind), name + ".")
+        elif name == "adaptation.options":
+            yield from _method_settings()
         else:
-            yield Setting(name, kind, item.default, item.metadata["help"], item.metadata["choices"])
+            yield Setting(name, kind, item.default, item.metadata["help"], _choices(item.metadata))
+
+
+@functools.cache
+def _method_settings() -> tuple[Setting, ...]:
+    """What the methods can be told, each setting once; methods that share one follow each other."""
+    from policies.adaptation.options import method_options
+
+    found: dict[str, list[tuple[str, Any]]] = {}
+    for method in _methods():
+        for option in method_options(method):
+            found.setdefault(option.name, []).append((method, option))
+    listed = []
+    for name, owners in found.items():
+        first = owners[0][1]
+        text = "; ".join(f"{method}: {option.help}" for method, option in owners)
+        choices = tuple(dict.fromkeys(word for _, option in owners for word in option.choices))
+        listed.append(Setting(f"adaptation.{name}", first.type, first.default, text, choices))
+    return tuple(listed)
 
 
 @functools.cache
@@ -364,11 +392,9 @@ def _convert(name: str, kind: Any, value: Any) -> Any:
 def _check_range(name: str, value: Any, limits: Mapping[str, Any]) -> None:
     if value is None:
         return
-    if limits["choices"] and value not in limits["choices"]:
-        raise ConfigError(
-            f"{name}={value} is not one of {', '.join(limits['choices'])}"
-            + nearest(str(value), limits["choices"])
-        )
+    choices = _choices(limits)
+    if choices and value not in choices:
+        raise ConfigError(f"{name}={value} is not one of {', '.join(choices)}" + nearest(str(value), choices))
     for word, holds in (
         ("at_least", lambda limit: value >= limit),
         ("at_most", lambda limit: value <= limit),
@@ -395,12 +421,42 @@ def _build(cls: type[T], values: Any, prefix: str = "") -> T:
     built: dict[str, Any] = {}
     for key, value in values.items():
         kind, name = _hints(typing.cast(Any, cls))[key], f"{prefix}{key}"
-        if dataclasses.is_dataclass(kind):
+        if kind is AdaptationConfig:
+            built[key] = _build_adaptation(value)
+        elif dataclasses.is_dataclass(kind):
             built[key] = _build(typing.cast(type, kind), value, name + ".")
         else:
             built[key] = _convert(name, kind, value)
             _check_range(name, built[key], known[key].metadata)
     return cls(**built)
+
+
+def _build_adaptation(values: Any) -> AdaptationConfig:
+    """The method and its options, from a mapping that holds both side by side."""
+    from policies.adaptation.options import method_options
+
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"adaptation={values!r} does not fit: expected a mapping")
+    config = _build(AdaptationConfig, {k: v for k, v in values.items() if k == "name"}, "adaptation.")
+    known = {option.name: option for option in method_options(config.name)}
+    for key, value in values.items():
+        name = f"adaptation.{key}"
+        if key == "name":
+            continue
+        if key not in known:
+            owners = [m for m in _methods() if key in {option.name for option in method_options(m)}]
+            hint = f"; it is one of {', '.join(owners)}" if owners else nearest(name, [*known])
+            raise ConfigError(f"{name} is no setting of the method {config.name!r}{hint} ({SEE_ALL})")
+        option = known[key]
+        converted = _convert(name, option.type, value)
+        _check_range(name, converted, dict.fromkeys(LIMITS) | {"choices": option.choices})
+        if converted != option.default:
+            config.options[key] = converted
+    return config
+
+
+LIMITS = ("at_least", "at_most", "above", "below")
+"""Bounds that a setting's value may have."""
 
 
 def _check_together(config: TrainConfig) -> None:
@@ -429,31 +485,31 @@ def _check_together(config: TrainConfig) -> None:
             f"sensors.max_depth={config.sensors.max_depth} must be more than sensors.min_depth="
             f"{config.sensors.min_depth}"
         )
-    adaptation = config.adaptation
-    if adaptation.learn_alpha and adaptation.alpha in (0.0, 1.0):
-        raise ConfigError(
-            f"adaptation.alpha={adaptation.alpha} cannot learn, as its gradient is 0 there; set "
-            "adaptation.learn_alpha=false with it, or a value between 0 and 1"
-        )
-    if adaptation.side_init == "copy" and adaptation.side_encoder not in (None, config.encoder.name):
-        raise ConfigError(
-            f"adaptation.side_encoder={adaptation.side_encoder} cannot start as a copy of encoder.name="
-            f"{config.encoder.name}; set adaptation.side_init=random with it"
-        )
     if config.encoder.weights not in ("default", "random"):
         _check_file("encoder.weights", config.encoder.weights, ("default", "random"))
-    if (adaptation.side_init == "distilled") != (adaptation.side_weights is not None):
-        raise ConfigError(
-            f"adaptation.side_init={adaptation.side_init} with adaptation.side_weights="
-            f"{adaptation.side_weights}: 'distilled' needs a file of weights, and the others take none"
-        )
-    if adaptation.side_weights is not None:
-        _check_file("adaptation.side_weights", adaptation.side_weights, ())
+    _check_adaptation(config)
     if algorithm.curriculum_end < algorithm.curriculum_start:
         raise ConfigError(
             f"algorithm.curriculum_end={algorithm.curriculum_end} is less than algorithm.curriculum_start="
             f"{algorithm.curriculum_start}"
         )
+
+
+def _check_adaptation(config: TrainConfig) -> None:
+    """Lets the method look at its settings together, and looks for the files that they name."""
+    from policies.adaptation import ADAPTATIONS
+
+    method, options = config.adaptation.name, config.adaptation.options
+    weights: dict[str, Any] = (
+        {} if config.encoder.weights == "default" else {"weights": config.encoder.weights}
+    )
+    try:
+        ADAPTATIONS[method].config_class(encoder=config.encoder.name, **weights, **options)
+    except ValueError as error:
+        raise ConfigError(f"adaptation={method}: {error}") from None
+    for name, value in options.items():
+        if name.endswith("_weights") and value is not None:
+            _check_file(f"adaptation.{name}", value, ())
 
 
 def _check_file(name: str, value: str, words: tuple[str, ...]) -> None:
@@ -562,12 +618,22 @@ def _resumed(asked: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
     return _build(TrainConfig, _nested(old))
 
 
+def adaptation_settings(config: AdaptationConfig) -> dict[str, Any]:
+    """The method's name and all of its settings, defaults included."""
+    from policies.adaptation.options import method_options
+
+    defaults = {option.name: option.default for option in method_options(config.name)}
+    return {"name": config.name, **defaults, **config.options}
+
+
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted name to value for every setting of ``config``."""
     flat: dict[str, Any] = {}
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
+        if isinstance(value, AdaptationConfig):
+            flat |= {f"adaptation.{name}": each for name, each in adaptation_settings(value).items()}
+        elif dataclasses.is_dataclass(value):
             flat.update(flatten(value, f"{prefix}{item.name}."))
         else:
             flat[prefix + item.name] = value
@@ -594,7 +660,7 @@ def as_typed(value: Any) -> str:
 
 def to_yaml(config: TrainConfig) -> str:
     """The settings as YAML text that :func:`read_config` reads back."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(_nested(flatten(config)), sort_keys=False, allow_unicode=True)
 
 
 def write_config(config: TrainConfig, path: str | Path) -> None:

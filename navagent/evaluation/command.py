@@ -20,7 +20,7 @@ from envs.episodes import Episode
 from envs.files import atomic_write
 from envs.vector_env import PointNavVectorEnv
 from navagent.build import Split, load_split, make_vector_env, policy_settings, read_split
-from navagent.config import ConfigError, SensorsConfig, TrainConfig, nearest, read_config
+from navagent.config import AdaptationConfig, ConfigError, SensorsConfig, TrainConfig, nearest, read_config
 from navagent.evaluation.agents import BASELINES, Agent, PolicyAgent
 from navagent.evaluation.evaluate import evaluate_agent, spread
 from navagent.evaluation.metrics import paired_difference, results_table, summarise, to_json
@@ -216,6 +216,14 @@ def _contender_config(run: Run, config: TrainConfig) -> TrainConfig:
     )
 
 
+def without_files(adaptation: AdaptationConfig) -> AdaptationConfig:
+    """The same network, but none of the files whose weights it started from."""
+    options = {k: v for k, v in adaptation.options.items() if not k.endswith("_weights")}
+    if options.get("side_init") == "distilled":
+        options["side_init"] = "random"
+    return AdaptationConfig(adaptation.name, options)
+
+
 def load_policy(run: Run, env: PointNavVectorEnv, checkpoint: str | int = "best") -> NavigationPolicy:
     """The policy saved in a run's checkpoint, ready to act in ``env``.
 
@@ -227,7 +235,7 @@ def load_policy(run: Run, env: PointNavVectorEnv, checkpoint: str | int = "best"
     config = dataclasses.replace(
         config,
         encoder=dataclasses.replace(config.encoder, weights="random"),
-        adaptation=dataclasses.replace(config.adaptation, side_init="random", side_weights=None),
+        adaptation=without_files(config.adaptation),
     )
     policy = NavigationPolicy(
         env.single_observation_space, env.single_action_space, lambda _: 0.0, **policy_settings(config)

@@ -15,7 +15,7 @@ from string import Template
 from typing import Any
 
 from envs.files import atomic_write
-from navagent.config import TrainConfig, as_typed, flatten, read_config, to_yaml
+from navagent.config import TrainConfig, as_typed, flatten, option_help, read_config, to_yaml
 from navagent.evaluation.curves import DARK, draw_curves
 from navagent.evaluation.metrics import MEASURES, Estimate, from_json
 from navagent.runs import Run, RunError
@@ -128,13 +128,8 @@ def _lead(config: TrainConfig, records: list[dict[str, Any]], main: Evaluation |
         word for word, there in (("colour", config.sensors.rgb), ("depth", config.sensors.depth)) if there
     )
     eyes = f"sees {seen} at {config.sensors.width}×{config.sensors.height}" if seen else "sees nothing"
-    adapted = {
-        "sidetune": "a frozen base beside a side network that learns",
-        "features": "a frozen base alone",
-        "finetune": "a base that is fine-tuned",
-        "scratch": "an encoder learned from scratch",
-    }[config.adaptation.name]
-    body = f"An agent that {eyes}" + (f", through {adapted}" if seen else "") + "."
+    adapted = option_help("adaptation", config.adaptation.name).rstrip(".")
+    body = f"An agent that {eyes}" + (f" ({adapted})" if seen else "") + "."
     if main is None:
         return body + " It has not been evaluated yet."
     if "run" not in main.agents:

@@ -6,8 +6,10 @@ from envs.variants import variant
 from navagent.build import agent_spec, noise, observation_names, task_rules, training_device
 from navagent.config import (
     GROUPS,
+    AdaptationConfig,
     ConfigError,
     TrainConfig,
+    adaptation_settings,
     default_options,
     load_config,
     option_help,
@@ -18,7 +20,10 @@ from navagent.config import (
     write_config,
 )
 from policies.adaptation import ADAPTATIONS
+from policies.adaptation.options import method_options
 from policies.encoders import ENCODERS
+
+PLAIN = (int, float, bool, str, int | None, float | None, bool | None, str | None)
 
 
 def test_composed_defaults_are_the_dataclasses_own():
@@ -40,14 +45,41 @@ def test_every_option_of_every_group_composes(group, tmp_path):
 def test_every_setting_can_be_set_and_has_a_line_of_help():
     leaves = list(settings())
     assert all(leaf.help for leaf in leaves)
-    values = {leaf.name: "null" if leaf.default is None else str(leaf.default) for leaf in leaves}
+    own = {f"adaptation.{option.name}" for option in method_options("sidetune")} | {"adaptation.name"}
+    values = {
+        leaf.name: "null" if leaf.default is None else str(leaf.default)
+        for leaf in leaves
+        if not leaf.name.startswith("adaptation.") or leaf.name in own
+    }
     assert load_config([f"{name}={value}" for name, value in values.items()]) == TrainConfig()
+
+
+@pytest.mark.parametrize("method", ADAPTATIONS)
+def test_every_option_of_every_method_can_be_set_and_stays_a_default(method):
+    options = method_options(method)
+    assert all(option.help and option.type in PLAIN for option in options)
+    values = {o.name: "null" if o.default is None else str(o.default) for o in options}
+    config = load_config([f"adaptation={method}", *(f"adaptation.{k}={v}" for k, v in values.items())])
+    assert config.adaptation == AdaptationConfig(method)
+    assert adaptation_settings(config.adaptation) == {"name": method, **{o.name: o.default for o in options}}
 
 
 def test_names_of_methods_and_networks_are_those_that_exist():
     choices = {leaf.name: leaf.choices for leaf in settings()}
-    assert set(choices["adaptation.name"]) == set(ADAPTATIONS)
-    assert set(choices["encoder.name"]) == set(choices["adaptation.side_encoder"]) == set(ENCODERS)
+    assert set(choices["adaptation.name"]) == set(ADAPTATIONS) == set(options("adaptation"))
+    assert set(choices["encoder.name"]) == set(ENCODERS)
+
+
+def test_a_setting_of_another_method_is_refused_with_its_owner():
+    with pytest.raises(ConfigError, match=r"adaptation.alpha is no .*finetune'.* one of sidetune"):
+        load_config(["adaptation=finetune", "adaptation.alpha=0.3"])
+
+
+def test_options_of_a_method_come_back_from_their_file(tmp_path):
+    config = load_config(["adaptation.alpha=0.25", "adaptation.learn_alpha=false"])
+    assert config.adaptation.options == {"alpha": 0.25, "learn_alpha": False}
+    write_config(config, tmp_path / "config.yaml")
+    assert read_config(tmp_path / "config.yaml") == config
 
 
 @pytest.mark.parametrize("name", options("env"))
@@ -103,7 +135,7 @@ def test_text_is_taken_as_typed(path):
     ("override", "message"),
     [
         ("adaptaton=finetune", "no setting adaptaton; did you mean 'adaptation'"),
-        ("adaptation=finetun", r"options features, finetune, scratch, sidetune; did you mean 'finetune'"),
+        ("adaptation=finetun", r"options .*features, finetune, .*; did you mean 'finetune'"),
         ("env=habitat2019", "did you mean 'habitat-2019'"),
         ("algorithm.total_frame=3", "did you mean 'algorithm.total_frames'"),
         ("total_frames=3", "did you mean 'algorithm.total_frames'"),
@@ -132,12 +164,9 @@ def test_text_is_taken_as_typed(path):
         ("scenes.dataset=generatd", "did you mean 'generated'"),
         ("encoder.weights=/no/such.safetensors", "encoder.weights=/no/such.safetensors is not a file"),
         ("adaptation.side_init=distilled", "needs a file of weights"),
-        ("adaptation.alpha=1", "adaptation.alpha=1.0 cannot learn"),
-        (
-            "adaptation.side_encoder=fcn4",
-            "side_encoder=fcn4 cannot start as a copy of encoder.name=fcn5_small",
-        ),
-        ("adaptation.side_encoder=fcn6", "adaptation.side_encoder=fcn6 is not one of fcn3, fcn4"),
+        ("adaptation.alpha=1", "adaptation=sidetune: .*alpha 1.0 cannot learn"),
+        ("adaptation.side_encoder=fcn4", "'copy' needs a side network like the base 'fcn5_small'"),
+        ("adaptation.alfa=1", "no setting adaptation.alfa; did you mean 'adaptation.alpha'"),
         ("memory.num_frames=1", "expected at least 2"),
         ("sensors.min_depth=10", "sensors.max_depth=10.0 must be more than sensors.min_depth=10.0"),
         ("device=gpu", "not one of auto, cpu, cuda"),

@@ -10,6 +10,7 @@ from policies.encoders.base import BlockEncoder, Encoder, InputSpec
 from policies.encoders.fcn import FCN3, FCN4, FCN5, FCN8, fcn5_small
 from policies.encoders.resnet_cifar import ResNet44
 from policies.encoders.resnet_small import ResNetSmall
+from policies.encoders.vit import VISION_TRANSFORMERS
 from policies.weights import read_weights
 
 __all__ = ["ENCODERS", "BlockEncoder", "Encoder", "InputSpec", "default_weights", "make_encoder"]
@@ -22,6 +23,7 @@ ENCODERS: dict[str, Callable[[int], Encoder]] = {
     "fcn8": FCN8,
     "resnet44": ResNet44,
     "resnet_small": ResNetSmall,
+    **VISION_TRANSFORMERS,
 }
 """Encoders by the name that selects them; each is called with the number of input channels."""
 

@@ -147,6 +147,10 @@ class NavigationPolicy(ActorCriticPolicy):
         """What the adaptation adds to the training loss: (), 0 for most methods."""
         return self.features_extractor.penalty()
 
+    def metrics(self) -> dict[str, float]:
+        """What is worth watching while the adaptation learns, as "image/name"."""
+        return self.features_extractor.metrics()
+
     def set_progress(self, samples: int, total: int) -> None:
         """Tells the adaptation that ``samples`` of ``total`` frames were seen; between updates only."""
         self.features_extractor.set_progress(samples, total)

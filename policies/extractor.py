@@ -200,6 +200,14 @@ class AdaptedExtractor(BaseFeaturesExtractor):
         for _, method in self._methods():
             method.set_progress(samples, total)
 
+    def metrics(self) -> dict[str, float]:
+        """What is worth watching while the methods learn, as "image/name"."""
+        return {
+            f"{key}/{name}": value
+            for key, method in self._methods()
+            for name, value in method.metrics().items()
+        }
+
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Optimiser groups: each adaptation's own, and one for heads and embeddings."""
         groups: list[dict[str, Any]] = []

@@ -36,14 +36,14 @@ from navagent.learning.imitation import (
 )
 from navagent.learning.rollout import SequenceBatch, SequenceBuffer, TensorEnv, tensor_env
 
-_POLICY_METHODS = ("initial_memory", "act", "evaluate_sequences", "penalty", "set_progress")
+_POLICY_METHODS = ("initial_memory", "act", "evaluate_sequences", "penalty", "metrics", "set_progress")
 
 
 class PPO(OnPolicyAlgorithm):
     """PPO for policies with memory over frozen features, with an optional imitation phase before it.
 
     The policy class must be a Stable-Baselines3 policy that also has ``initial_memory``, ``act``,
-    ``evaluate_sequences``, ``penalty`` and ``set_progress``, as
+    ``evaluate_sequences``, ``penalty``, ``metrics`` and ``set_progress``, as
     :class:`policies.actor_critic.NavigationPolicy` has. Callbacks, loggers, ``save``, ``load`` and
     ``predict`` are Stable-Baselines3's. A callback may also define ``on_update_end() -> bool``, called after
     each update; returning False ends the training.
@@ -446,6 +446,8 @@ class PPO(OnPolicyAlgorithm):
                 break
         for name, history in records.items():
             self.logger.record(name, torch.stack(history).mean().item())
+        for name, value in policy.metrics().items():
+            self.logger.record(f"adaptation/{name}", value)
         buffer = self.rollout_buffer
         assert buffer.returns is not None
         spread = buffer.returns.var()

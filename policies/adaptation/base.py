@@ -215,6 +215,10 @@ class Adaptation(nn.Module, ABC):
         Called between updates, never between the collecting of samples and the learning from them.
         """
 
+    def metrics(self) -> dict[str, float]:
+        """What is worth watching while the method learns, by name: alpha, or the share of a mask."""
+        return {}
+
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that learning changes."""
         return (parameter for parameter in self.parameters() if parameter.requires_grad)

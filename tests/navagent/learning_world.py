@@ -167,6 +167,9 @@ class MemorylessPolicy(MultiInputActorCriticPolicy):
     def penalty(self):
         return torch.zeros(())
 
+    def metrics(self):
+        return {}
+
     def set_progress(self, samples, total):
         self.progress = (samples, total)
 
@@ -193,6 +196,9 @@ class RecurrentPolicy(MultiInputActorCriticPolicy):
 
     def penalty(self):
         return torch.zeros(())
+
+    def metrics(self):
+        return {}
 
     def set_progress(self, samples, total):
         self.progress = (samples, total)

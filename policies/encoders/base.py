@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +19,20 @@ class InputSpec:
     channels: int = 3
     """3 for colour, 1 for depth."""
     size: tuple[int, int] | None = None
-    """Rows and columns to which images are resized (bilinear), or None to take them as they come."""
+    """Rows and columns that the network gets, or None to take images as they come."""
     mean: tuple[float, ...] = (0.5,)
     """Subtracted from values in 0..1; one for all channels, or one a channel."""
     std: tuple[float, ...] = (0.5,)
     """Divides what is left."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How images are resized."""
+    antialias: bool = False
+    """Whether the filter widens as an image shrinks, as Pillow's does."""
+    shorter_side: int | None = None
+    """Pixels to which the shorter side is resized, keeping the aspect, before ``size`` is cut from the
+    centre; None resizes to ``size`` itself, whatever the aspect."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Type in which a call of the encoder computes. Weights and features stay float32."""
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
@@ -30,6 +40,48 @@ class InputSpec:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, self.channels):
                 raise ValueError(f"encoder input {name} {values}: expected 1 or {self.channels} values")
+        for name, value, known in (
+            ("interpolation", self.interpolation, ("bilinear", "bicubic")),
+            ("dtype", self.dtype, ("float32", "float16", "bfloat16")),
+        ):
+            if value not in known:
+                raise ValueError(f"encoder input {name} {value!r}: expected one of {', '.join(known)}")
+        if self.shorter_side is not None and (self.size is None or max(self.size) > self.shorter_side):
+            raise ValueError(
+                f"encoder input shorter_side {self.shorter_side}: expected a size to cut from it that is no "
+                f"larger, got size {self.size}"
+            )
+
+    def resize(self, pixels: Tensor, maximum: float) -> Tensor:
+        """Brings images to the size that the network gets, without rounding to whole bytes.
+
+        Args:
+            pixels: (N, C, H, W), values in 0..maximum.
+            maximum: 1 or 255.
+
+        Returns:
+            (N, C, rows, columns), values in 0..maximum; ``pixels`` themselves where they have this size.
+        """
+        if self.size is None:
+            return pixels
+        target = self.size
+        if self.shorter_side is not None:
+            height, width = pixels.shape[2:]
+            shorter = min(height, width)
+            target = (height * self.shorter_side // shorter, width * self.shorter_side // shorter)
+        if tuple(pixels.shape[2:]) != target:
+            pixels = F.interpolate(
+                pixels, size=target, mode=self.interpolation, align_corners=False, antialias=self.antialias
+            )
+            if self.interpolation == "bicubic":
+                # Bicubic filters overshoot at edges; image libraries clip to what a byte can hold.
+                pixels = pixels.clamp(0, maximum)
+        if target != self.size:
+            rows, columns = self.size
+            # Halves round to the even number, as in torchvision's centre crop.
+            top, left = round((target[0] - rows) / 2), round((target[1] - columns) / 2)
+            pixels = pixels[:, :, top : top + rows, left : left + columns]
+        return pixels
 
 
 class Encoder(nn.Module):
@@ -60,14 +112,32 @@ class Encoder(nn.Module):
                 f"image of shape {tuple(image.shape)}: expected (N, H, W, {spec.channels}) for "
                 f"{type(self).__name__} with {spec.channels} input channel(s)"
             )
+        if image.dtype != torch.uint8 and not image.is_floating_point():
+            raise ValueError(f"image of {image.dtype}: expected uint8, or a float type with values in 0..1")
         # A permuted (N, H, W, C) tensor is already in the channels-last layout that convolutions like best.
         pixels = image.permute(0, 3, 1, 2).float()
-        if spec.size is not None and tuple(pixels.shape[2:]) != spec.size:
-            pixels = F.interpolate(pixels, size=spec.size, mode="bilinear", align_corners=False)
         scale = 255.0 if image.dtype == torch.uint8 else 1.0
+        pixels = spec.resize(pixels, scale)
         mean = pixels.new_tensor(spec.mean)[:, None, None] * scale
         std = pixels.new_tensor(spec.std)[:, None, None] * scale
         return (pixels / std).sub_(mean / std)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Calls :meth:`forward` in the type that :attr:`InputSpec.dtype` declares.
+
+        Autocasting keeps the weights float32, so that copies of an encoder can learn in full precision.
+        Methods that compute block by block do not come through here; they follow their caller's autocasting.
+
+        Args:
+            x: preprocessed images (N, C, H, W).
+
+        Returns:
+            What :meth:`forward` gives; float32 where the declared type is narrower.
+        """
+        if self.input_spec.dtype == "float32":
+            return super().__call__(x)
+        with torch.autocast(x.device.type, getattr(torch, self.input_spec.dtype)):
+            return super().__call__(x).float()
 
     def output_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Shape of one image's features for images of height x width pixels: (C, h, w), (T, D) or (C,)."""

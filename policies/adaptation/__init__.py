@@ -7,23 +7,32 @@ import difflib
 from typing import Any
 
 from policies.adaptation.base import Adaptation, AdaptationConfig, FrozenEncoder, TrainableEncoder
+from policies.adaptation.ewc import EWC, EWCConfig
 from policies.adaptation.feature_extraction import FeatureExtraction
 from policies.adaptation.finetune import FineTuning
+from policies.adaptation.piggyback import Piggyback, PiggybackConfig
 from policies.adaptation.scratch import Scratch, ScratchConfig
 from policies.adaptation.side_tuning import SideTuning, SideTuningConfig
+from policies.adaptation.superposition import Superposition, SuperpositionConfig
 from policies.encoders import Encoder
 
 __all__ = [
     "ADAPTATIONS",
+    "EWC",
     "Adaptation",
     "AdaptationConfig",
+    "EWCConfig",
     "FeatureExtraction",
     "FineTuning",
     "FrozenEncoder",
+    "Piggyback",
+    "PiggybackConfig",
     "Scratch",
     "ScratchConfig",
     "SideTuning",
     "SideTuningConfig",
+    "Superposition",
+    "SuperpositionConfig",
     "TrainableEncoder",
     "make_adaptation",
 ]
@@ -33,6 +42,9 @@ ADAPTATIONS: dict[str, type[Adaptation]] = {
     "features": FeatureExtraction,
     "finetune": FineTuning,
     "scratch": Scratch,
+    "piggyback": Piggyback,
+    "superposition": Superposition,
+    "ewc": EWC,
 }
 """Methods by the name that selects them."""
 

@@ -39,4 +39,43 @@ CASES = {
     "finetune vectors": Case("finetune", {"encoder": "fcn4"}, frozen_base=False, stores=False, identity=True),
     "scratch": Case("scratch", frozen_base=False, stores=False),
     "scratch depth": Case("scratch", {"channels": 1}, frozen_base=False, stores=False),
+    "piggyback": Case("piggyback", stores=False, identity=True, no_decay=("scores",)),
+    "piggyback ternary": Case(
+        "piggyback",
+        {"ternary": True, "mask_scale_gradients": "average", "normalisation": "affine"},
+        stores=False,
+        identity=True,
+        no_decay=("scores",),
+    ),
+    "piggyback vectors": Case(
+        "piggyback",
+        {"encoder": "fcn4", "mask_init": "weight_based_1s", "mask_scale_gradients": "individual"},
+        stores=False,
+        identity=True,
+        no_decay=("scores",),
+    ),
+    "piggyback own statistics": Case(
+        "piggyback",
+        {"encoder": "resnet44", "normalisation": "statistics"},
+        stores=False,
+        no_decay=("scores",),
+    ),
+    "superposition": Case("superposition", frozen_base=False, stores=False, identity=True),
+    "superposition rotation": Case(
+        "superposition", {"context": "rotation"}, frozen_base=False, stores=False, identity=True
+    ),
+    "superposition vectors": Case(
+        "superposition",
+        {"encoder": "resnet44", "normalisation": "task"},
+        frozen_base=False,
+        stores=False,
+    ),
+    "ewc": Case("ewc", frozen_base=False, stores=False, identity=True),
+    "ewc vectors": Case(
+        "ewc",
+        {"encoder": "resnet44", "earlier_tasks": "online", "decay": 0.5},
+        frozen_base=False,
+        stores=False,
+        identity=True,
+    ),
 }

@@ -1,0 +1,99 @@
+"""Computing an encoder with tensors that a task puts in place of the encoder's own.
+
+Masks, contexts and a task's own normalisation leave the encoder's modules as they are: the encoder is called
+with other weights by name, so that any encoder serves unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from policies.encoders import Encoder
+
+_NORMALISATION = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def slot(name: str) -> str:
+    """A tensor's dotted name as the name of an attribute, which has no dots."""
+    return name.replace(".", "/")
+
+
+def dotted(slot: str) -> str:
+    """The tensor's name for what :func:`slot` gave."""
+    return slot.replace("/", ".")
+
+
+def layer_weights(encoder: nn.Module) -> dict[str, Tensor]:
+    """Weights of all convolutions and linear layers, by dotted name, (outputs, inputs, ...)."""
+    return {
+        f"{name}.weight": module.weight
+        for name, module in encoder.named_modules()
+        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
+    }
+
+
+class TaskNormalisation(nn.Module):
+    """One task's tensors for the normalisation layers of an encoder, which start as the encoder has them.
+
+    Args:
+        encoder: the network.
+        statistics: whether the task has running statistics of BatchNorm layers too, besides scale and shift
+            of every BatchNorm, GroupNorm and LayerNorm.
+    """
+
+    def __init__(self, encoder: nn.Module, statistics: bool) -> None:
+        super().__init__()
+        self.statistics = statistics
+        for layer, module in encoder.named_modules():
+            if not isinstance(module, _NORMALISATION):
+                continue
+            for part in ("weight", "bias"):
+                value = getattr(module, part, None)
+                if value is not None:
+                    self.register_parameter(slot(f"{layer}.{part}"), nn.Parameter(value.detach().clone()))
+            for part in _STATISTICS if statistics else ():
+                value = getattr(module, part, None)
+                if value is not None:
+                    self.register_buffer(slot(f"{layer}.{part}"), value.clone())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The task's tensors by dotted name."""
+        return {dotted(name): value for name, value in [*self.named_parameters(), *self.named_buffers()]}
+
+
+def call_with(
+    encoder: Encoder, image: Tensor, tensors: Mapping[str, Tensor], normalisation: TaskNormalisation | None
+) -> Tensor:
+    """Features of images (N, H, W, C), with some of the encoder's tensors replaced.
+
+    Args:
+        encoder: the network; it keeps its own tensors and its mode.
+        image: as sensors give them.
+        tensors: replacements by dotted name.
+        normalisation: further replacements. In training mode, with statistics of its own, BatchNorm layers
+            normalise by the batch and update these statistics.
+    """
+    pixels = encoder.preprocess(image)
+    own = {} if normalisation is None else normalisation.tensors()
+    by_batch = normalisation is not None and normalisation.statistics and normalisation.training
+    with _batch_statistics(encoder) if by_batch else nullcontext():
+        return functional_call(encoder, {**tensors, **own}, (pixels,))
+
+
+@contextmanager
+def _batch_statistics(encoder: nn.Module) -> Iterator[None]:
+    """BatchNorm layers in training mode, for one call and they alone; the rest keeps its mode."""
+    layers = [m for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    modes = [layer.training for layer in layers]
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer, mode in zip(layers, modes, strict=True):
+            layer.training = mode

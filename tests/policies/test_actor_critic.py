@@ -131,7 +131,7 @@ def test_the_optimiser_holds_every_trainable_parameter_once_and_spares_alpha(ada
     assert len(spared) == (1 if adaptation == "sidetune" else 0)
     if spared:
         (alpha,) = spared[0]["params"]
-        assert alpha is policy.features_extractor.adaptations["rgb"].alpha_logit
+        assert alpha is policy.features_extractor.adaptations["rgb"].fusion.alpha.logit
 
 
 @pytest.mark.parametrize("adaptation", ["sidetune", "features"])

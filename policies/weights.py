@@ -1,91 +1,47 @@
 """Reading and writing network weights without ever running code that a file brings along.
 
 ``.safetensors`` files hold tensors only. Older ``.pth`` files are pickles, programs that the usual reader
-would execute; :func:`read_pth` walks them with a reader of its own that can build tensors and plain
-containers, puts an inert :class:`Placeholder` where the file names a class of a package that is not
-installed, and refuses every other name.
+would execute; :mod:`policies.pickled` reads them instead.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
-import pickle
-import struct
-import sys
 import tempfile
 import warnings
-import zipfile
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-_MAGIC = 0x1950A86A20F9469CFC6C
-_STORAGE_TYPES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
-# What the pickle machine and its handlers raise on bytes that are not a valid program.
-_MALFORMED = (
-    pickle.UnpicklingError,
-    EOFError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    OverflowError,
-    MemoryError,
-    struct.error,
-    RuntimeError,
-)
+from policies.pickled import Placeholder, WeightsError, read_pickled
 
+__all__ = [
+    "Checkpoint",
+    "WeightsError",
+    "convert_to_safetensors",
+    "read_pth",
+    "read_safetensors",
+    "read_weights",
+    "save_safetensors",
+    "sha256",
+    "tensors_sha256",
+    "untrained_reason",
+]
 
-class WeightsError(ValueError):
-    """A weights file that cannot be read, is not what it should be, or tries to run code."""
-
-
-class Placeholder:
-    """Stands, inert, where a pickle names a class that is not installed; keeps the state given to it."""
-
-    origin = ""
-    """Dotted name of the class that the file asked for."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Placeholder:
-        """Takes whatever arguments the file gives."""
-        return object.__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.items: dict[Any, Any] = {}
-
-    def __setstate__(self, state: Any) -> None:
-        self.__dict__["state"] = state
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.__dict__.setdefault("items", {})[key] = value
-
-    def append(self, value: Any) -> None:
-        """Takes a list item that the file adds, and drops it."""
-
-    def extend(self, values: Any) -> None:
-        """Takes list items that the file adds, and drops them."""
+# A network has some hundreds of modules, a few deep; a module may be part of several others.
+_MOST_MODULES = 100_000
+_DEEPEST_MODULE = 100
+_LONGEST_NAME = 1000
+# Tensors may share memory; with memory of its own for each, they stay within so many times the file.
+_MOST_SHARING = 16
 
 
 @dataclass
@@ -98,105 +54,26 @@ class Checkpoint:
     """Numbers and strings stored beside the tensors, such as the epoch."""
 
 
-@dataclass(frozen=True)
-class _StorageType:
-    dtype: torch.dtype
-
-
-class _Storages:
-    """Storages of a pickle by key: views of one flat tensor each, filled in when their bytes are read."""
-
-    def __init__(self) -> None:
-        self.by_key: dict[str, Tensor] = {}
-
-    def empty(self, key: str, dtype: torch.dtype, numel: int, available: int) -> Tensor:
-        size = numel * dtype.itemsize
-        if numel < 0 or size > available:
-            raise WeightsError(
-                f"storage {key!r} claims {size} bytes, but the file holds {available}: it is truncated"
-            )
-        return self.by_key.setdefault(key, torch.zeros(numel, dtype=dtype))
-
-
-def _rebuild_tensor(
-    storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
-) -> Tensor:
-    """A strided view of a storage; torch refuses one that reaches beyond it."""
-    return torch.as_strided(storage, tuple(size), tuple(stride), offset)
-
-
-def _rebuild_parameter(data: Tensor, *_: Any) -> Tensor:
-    """A parameter, as the plain tensor that it wraps."""
-    return data
-
-
-def _plain_defaultdict(*_: Any) -> dict[Any, Any]:
-    return {}
-
-
-_ALLOWED: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("collections", "defaultdict"): _plain_defaultdict,
-    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("torch", "Size"): torch.Size,
-    **{("torch", name): _StorageType(dtype) for name, dtype in _STORAGE_TYPES.items()},
-    **{
-        (module, name): kind
-        for module in ("builtins", "__builtin__")
-        for name, kind in {"dict": dict, "list": list, "set": set, "tuple": tuple}.items()
-    },
-}
-# Python 2 module names that a pickle may use for what Python 3 has under another.
-_OLD_STDLIB = {"__builtin__", "commands", "copy_reg", "cPickle", "popen2", "urllib2", "exceptions"}
-
-
-class _TensorUnpickler(pickle.Unpickler):
-    def __init__(self, stream: BinaryIO, storages: _Storages, available: int) -> None:
-        # latin1 reads every byte string that Python 2 may have written.
-        super().__init__(stream, encoding="latin1")
-        self._storages = storages
-        self._available = available
-
-    def find_class(self, module: str, name: str) -> Any:
-        allowed = _ALLOWED.get((module, name))
-        if allowed is not None:
-            return allowed
-        package = module.partition(".")[0]
-        network_part = module.startswith(("torch.nn.", "torch.optim."))
-        installed = package in sys.stdlib_module_names or package in _OLD_STDLIB or _is_installed(package)
-        if installed and not network_part:
-            raise WeightsError(
-                f"the file asks for {module}.{name}, which is not needed to read tensors; refused, as "
-                "running it could do anything. Use a file from a source that you trust, best safetensors"
-            )
-        return type("Placeholder", (Placeholder,), {"origin": f"{module}.{name}"})
-
-    def persistent_load(self, pid: Any) -> Any:
-        # Old files keep a module's class beside its source code; the class is a placeholder by now.
-        if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
-            return pid[1]
-        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
-            raise WeightsError(f"unknown persistent object {str(pid)[:80]}; expected a tensor storage")
-        kind, key, numel = pid[1], str(pid[2]), int(pid[4])
-        if not isinstance(kind, _StorageType):
-            raise WeightsError(f"storage {key!r} has an unknown type {kind!r}")
-        return self._storages.empty(key, kind.dtype, numel, self._available)
-
-
-def _is_installed(package: str) -> bool:
-    """Whether a top-level package could be imported, without importing it."""
-    try:
-        return importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):
-        return False
-
-
 def sha256(path: str | Path) -> str:
     """SHA-256 of a file, as 64 hexadecimal digits."""
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors, by name, type, shape and bytes: 64 hexadecimal digits.
+
+    The same for the same values wherever they are stored. Counters of BatchNorm do not enter: no output
+    depends on them.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        if name.endswith("num_batches_tracked"):
+            continue
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def read_pth(path: str | Path) -> Checkpoint:
@@ -212,24 +89,15 @@ def read_pth(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"{path}: no such weights file")
-    storages = _Storages()
+    content = read_pickled(path)
     try:
-        if zipfile.is_zipfile(path):
-            content = _read_zip(path, storages)
-        else:
-            with path.open("rb") as stream:
-                content = _read_legacy(stream, storages, path.stat().st_size)
+        tensors = _named_tensors(content)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
-    except _MALFORMED as error:
-        raise WeightsError(
-            f"{path}: not a readable torch file, or truncated ({type(error).__name__}: {error})"
-        ) from error
-    except zipfile.BadZipFile as error:
-        raise WeightsError(f"{path}: damaged zip archive ({error})") from error
-    tensors = _named_tensors(content)
     if not tensors:
         raise WeightsError(f"{path}: holds no named tensors; expected a state dictionary or a module")
+    if sum(value.nbytes for value in tensors.values()) > _MOST_SHARING * path.stat().st_size:
+        raise WeightsError(f"{path}: its tensors are far larger together than the file; refused")
     metadata = (
         {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, (int, float, str))}
         if isinstance(content, Mapping)
@@ -238,77 +106,41 @@ def read_pth(path: str | Path) -> Checkpoint:
     return Checkpoint({k.removeprefix("module."): v for k, v in tensors.items()}, metadata)
 
 
-def _read_legacy(stream: BinaryIO, storages: _Storages, available: int) -> Any:
-    """Four pickles (magic, version, machine, content), then storage keys and each storage's bytes."""
-    magic = _TensorUnpickler(stream, storages, available).load()
-    if magic != _MAGIC:
-        raise WeightsError("does not start with torch's magic number; expected a file written by torch.save")
-    for _ in range(2):
-        _TensorUnpickler(stream, storages, available).load()
-    content = _TensorUnpickler(stream, storages, available).load()
-    keys = _TensorUnpickler(stream, storages, available).load()
-    for key in keys:
-        storage = storages.by_key.get(str(key))
-        header = stream.read(8)
-        if storage is None or len(header) < 8:
-            raise WeightsError(f"storage {key!r} is missing: the file is truncated")
-        (numel,) = struct.unpack("<q", header)
-        if numel != storage.numel():
-            raise WeightsError(f"storage {key!r} holds {numel} values; its tensors need {storage.numel()}")
-        _fill(storage, stream.read(storage.nbytes), key)
-    return content
-
-
-def _read_zip(path: Path, storages: _Storages) -> Any:
-    """``NAME/data.pkl`` and one ``NAME/data/KEY`` a storage."""
-    with zipfile.ZipFile(path) as archive:
-        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise WeightsError(f"zip archive with {len(pickles)} data.pkl entries; expected 1")
-        prefix = pickles[0].removesuffix("data.pkl")
-        available = sum(entry.file_size for entry in archive.infolist())
-        with archive.open(pickles[0]) as stream:
-            content = _TensorUnpickler(stream, storages, available).load()  # type: ignore[arg-type]
-        for key, storage in storages.by_key.items():
-            _fill(storage, archive.read(f"{prefix}data/{key}"), key)
-    return content
-
-
-def _fill(storage: Tensor, data: bytes, key: Any) -> None:
-    if len(data) < storage.nbytes:
-        raise WeightsError(
-            f"storage {key!r} has {len(data)} of {storage.nbytes} bytes: the file is truncated"
-        )
-    if storage.numel():
-        storage.copy_(torch.frombuffer(bytearray(data[: storage.nbytes]), dtype=storage.dtype))
-
-
 def _named_tensors(content: Any) -> dict[str, Tensor]:
     """Tensors by dotted name in a state dictionary, a checkpoint around one, or a pickled module."""
-    if isinstance(content, Placeholder):
-        return _module_tensors(content, "")
-    if not isinstance(content, Mapping):
-        return {}
-    for key in ("state_dict", "model_state_dict", "model"):
-        inner = content.get(key)
-        if isinstance(inner, (Mapping, Placeholder)):
-            return _named_tensors(inner)
-    return {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    for _ in range(_DEEPEST_MODULE):
+        if isinstance(content, Placeholder):
+            return _module_tensors(content)
+        if not isinstance(content, Mapping):
+            return {}
+        keys = ("state_dict", "model_state_dict", "model")
+        inner = next((content[k] for k in keys if isinstance(content.get(k), (Mapping, Placeholder))), None)
+        if inner is None:
+            return {k: v for k, v in content.items() if isinstance(v, Tensor)}
+        content = inner
+    raise WeightsError(f"dictionaries nested more than {_DEEPEST_MODULE} deep; refused")
 
 
-def _module_tensors(module: Placeholder, prefix: str) -> dict[str, Tensor]:
-    state = getattr(module, "state", None)
-    if not isinstance(state, Mapping):
-        return {}
+def _module_tensors(module: Placeholder) -> dict[str, Tensor]:
+    """Parameters and buffers of a pickled module and of all modules in it, by dotted name."""
     found: dict[str, Tensor] = {}
-    for group in ("_parameters", "_buffers"):
-        for name, value in (state.get(group) or {}).items():
-            if isinstance(value, Tensor):
-                found[prefix + str(name)] = value
-    for name, child in (state.get("_modules") or {}).items():
-        if isinstance(child, Placeholder):
-            found |= _module_tensors(child, f"{prefix}{name}.")
-    return found
+    waiting = [(module, "", 0)]
+    for _ in range(_MOST_MODULES):
+        if not waiting:
+            return found
+        module, prefix, depth = waiting.pop()
+        if depth > _DEEPEST_MODULE or len(prefix) > _LONGEST_NAME:
+            raise WeightsError(f"modules nested more than {_DEEPEST_MODULE} deep, or in themselves; refused")
+        groups = [_mapping(_mapping(module.state).get(g)) for g in ("_parameters", "_buffers", "_modules")]
+        for group in groups[:2]:
+            found |= {prefix + name: value for name, value in group.items() if isinstance(value, Tensor)}
+        children = [(v, f"{prefix}{name}.", depth + 1) for name, v in groups[2].items()]
+        waiting += [child for child in reversed(children) if isinstance(child[0], Placeholder)]
+    raise WeightsError(f"more than {_MOST_MODULES} modules; refused")
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def read_safetensors(path: str | Path) -> Checkpoint:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from policies.encoders import BlockEncoder, Encoder, make_encoder
+from policies.weights import tensors_sha256
 
 DEFAULT_TASK = "task"
 """Name of the first task, the only one outside of incremental learning."""
@@ -68,22 +68,6 @@ class FrozenEncoder(nn.Module):
     def sha256(self) -> str:
         """SHA-256 of the weights, by name, type, shape and bytes: 64 hexadecimal digits."""
         return tensors_sha256(self.encoder.state_dict())
-
-
-def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors, by name, type, shape and bytes: 64 hexadecimal digits.
-
-    The same for the same values wherever they are stored. Counters of BatchNorm do not enter: no output
-    depends on them.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        if name.endswith("num_batches_tracked"):
-            continue
-        value = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 class TrainableEncoder(nn.Module):

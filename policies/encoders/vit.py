@@ -1,8 +1,18 @@
-"""Vision transformers (Dosovitskiy et al., arXiv:2010.11929)."""
+"""Vision transformers: ViT, MAE and DINOv2 as published, and a small one for work on a CPU.
+
+- ViT (Dosovitskiy et al., arXiv:2010.11929)
+- MAE (He et al., arXiv:2111.06377), its encoder without masking
+- DINOv2 (Oquab et al., arXiv:2304.07193), with LayerScale (Touvron et al., arXiv:2103.17239)
+
+All of them are one network with other sizes. It reads the files of the Hugging Face hub as they are, and
+gives what the models of ``transformers`` give. That library takes seconds to import, and renames its layers
+between versions, while methods work on single blocks here; so it serves as the reference of the tests.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Literal
 
@@ -14,6 +24,28 @@ from policies.encoders.base import BlockEncoder, Encoder, InputSpec
 
 Output = Literal["map", "tokens", "cls"]
 """Patch tokens as a map (D, h, w), all tokens (T, D), or the class token (D,)."""
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# From names in files of the hub to names here. The second kind of block is DINOv2's.
+_NAMES = (
+    (r"^(vit|dinov2)\.", ""),
+    (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.position_embeddings$", "positions"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patches."),
+    (r"^encoder\.layer\.", "layers."),
+    (r"\.attention\.attention\.", ".attention."),
+    (r"\.attention\.output\.dense\.", ".attention.out."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.layer_scale([12])\.lambda1$", r".scale\1.factor"),
+    (r"^layernorm\.", "norm."),
+)
+# What files hold beside the encoder: MAE's decoder, DINOv2's token for masked patches, classifiers.
+_UNUSED = re.compile(r"^(decoder|pooler|classifier)\.|^embeddings\.mask_token$")
 
 
 class _Attention(nn.Module):
@@ -43,20 +75,38 @@ class _MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class TransformerBlock(nn.Module):
-    """Self-attention and a perceptron, each after a normalisation and around a shortcut: tokens (N, T, D)."""
+class _LayerScale(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(dim))
 
-    def __init__(self, dim: int, heads: int, eps: float) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention and a perceptron, each after a normalisation and beside a shortcut: tokens (N, T, D).
+
+    Args:
+        dim: width of a token, D.
+        heads: attention heads.
+        eps: added to variances in normalisations.
+        layer_scale: whether what is added to the shortcut is scaled channel by channel.
+    """
+
+    def __init__(self, dim: int, heads: int, eps: float, layer_scale: bool) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps)
         self.attention = _Attention(dim, heads)
+        self.scale1 = _LayerScale(dim) if layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps)
         self.mlp = _MLP(dim)
+        self.scale2 = _LayerScale(dim) if layer_scale else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (N, T, D) of tokens (N, T, D)."""
-        x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.scale1(self.attention(self.norm1(x)))
+        return x + self.scale2(self.mlp(self.norm2(x)))
 
 
 class VisionTransformer(BlockEncoder):
@@ -71,6 +121,7 @@ class VisionTransformer(BlockEncoder):
         grid: rows and columns of patches that the position embeddings are made for. They are interpolated
             (bicubic) for images with more patches, or fewer.
         eps: added to variances in normalisations.
+        layer_scale: whether blocks have LayerScale.
         output: "map" for the patch tokens as a map (N, D, h, w), "tokens" for all tokens (N, 1 + h * w, D)
             with the class token first, "cls" for the class token (N, D).
     """
@@ -86,6 +137,7 @@ class VisionTransformer(BlockEncoder):
         heads: int,
         grid: tuple[int, int],
         eps: float = 1e-6,
+        layer_scale: bool = False,
         output: Output = "map",
     ) -> None:
         super().__init__(input_spec)
@@ -95,7 +147,7 @@ class VisionTransformer(BlockEncoder):
         self.patches = nn.Conv2d(input_spec.channels, dim, patch, patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.positions = nn.Parameter(torch.zeros(1, 1 + grid[0] * grid[1], dim))
-        self.layers = nn.ModuleList(TransformerBlock(dim, heads, eps) for _ in range(depth))
+        self.layers = nn.ModuleList(TransformerBlock(dim, heads, eps, layer_scale) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps)
         # The neck has to know how many rows the patches had; tokens do not say.
         self._seen = grid
@@ -141,6 +193,10 @@ class VisionTransformer(BlockEncoder):
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.positions, std=0.02)
 
+    def load_tensors(self, tensors: Mapping[str, Tensor], source: str = "weights") -> None:
+        """Loads tensors by the names of the hub's files or its own, see :meth:`Encoder.load_tensors`."""
+        super().load_tensors({_own_name(k): v for k, v in tensors.items() if not _UNUSED.match(k)}, source)
+
     def _positions(self, rows: int, columns: int) -> Tensor:
         if (rows, columns) == self.grid:
             return self.positions
@@ -150,14 +206,60 @@ class VisionTransformer(BlockEncoder):
         return torch.cat((cls, patches.flatten(2).mT), dim=1)
 
 
+def _own_name(name: str) -> str:
+    for pattern, own in _NAMES:
+        name = re.sub(pattern, own, name)
+    return name
+
+
 def _vit_mini(channels: int, output: Output) -> VisionTransformer:
     spec = InputSpec(channels)
     return VisionTransformer(spec, patch=8, dim=96, depth=6, heads=4, grid=(8, 8), output=output)
 
 
+def _vit_base(channels: int, output: Output) -> VisionTransformer:
+    spec = InputSpec(channels, (224, 224), antialias=True)
+    return VisionTransformer(
+        spec, patch=16, dim=768, depth=12, heads=12, grid=(14, 14), eps=1e-12, output=output
+    )
+
+
+def _mae_base(channels: int, output: Output) -> VisionTransformer:
+    spec = InputSpec(channels, (224, 224), *_imagenet(channels), antialias=True)
+    return VisionTransformer(
+        spec, patch=16, dim=768, depth=12, heads=12, grid=(14, 14), eps=1e-12, output=output
+    )
+
+
+def _dinov2(channels: int, output: Output, dim: int, heads: int) -> VisionTransformer:
+    spec = InputSpec(
+        channels, (224, 224), *_imagenet(channels), interpolation="bicubic", antialias=True, shorter_side=256
+    )
+    # Pre-training ended on images of 518 pixels, hence 37 x 37 positions.
+    return VisionTransformer(
+        spec, patch=14, dim=dim, depth=12, heads=heads, grid=(37, 37), layer_scale=True, output=output
+    )
+
+
+def _imagenet(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of ImageNet's colours, and what stands for them where there are none."""
+    return (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,), (0.5,))
+
+
+_FORMS: dict[str, Output] = {"": "map", "_tokens": "tokens", "_cls": "cls"}
+
 VISION_TRANSFORMERS: dict[str, Callable[[int], Encoder]] = {
-    "vit_mini": partial(_vit_mini, output="map"),
-    "vit_mini_tokens": partial(_vit_mini, output="tokens"),
-    "vit_mini_cls": partial(_vit_mini, output="cls"),
+    name + suffix: partial(make, output=output)
+    for name, make in (
+        ("vit_mini", _vit_mini),
+        ("vit_base", _vit_base),
+        ("mae_base", _mae_base),
+        ("dinov2_small", partial(_dinov2, dim=384, heads=6)),
+        ("dinov2_base", partial(_dinov2, dim=768, heads=12)),
+    )
+    for suffix, output in _FORMS.items()
 }
-"""Vision transformers by name, each called with the number of input channels."""
+"""Vision transformers by name, each called with the number of input channels.
+
+The name alone gives the patch tokens as a map, with ``_tokens`` all tokens, with ``_cls`` the class token.
+"""

@@ -30,6 +30,7 @@ ENCODERS: dict[str, Callable[[int], Encoder]] = {
 _SHIPPED = {
     ("fcn5_small", 3): "fcn5_small-normals-rgb.safetensors",
     ("fcn5_small", 1): "fcn5_small-normals-depth.safetensors",
+    ("resnet_small", 3): "resnet_small-normals-rgb.safetensors",
 }
 
 

@@ -15,7 +15,6 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parameters_to_vector
 
 from policies.adaptation.base import AdaptationConfig
 from policies.adaptation.finetune import FineTuning
@@ -78,7 +77,7 @@ class EWC(FineTuning):
 
     def __init__(self, config: EWCConfig, base: Encoder | None = None) -> None:
         super().__init__(config, base)
-        weights = parameters_to_vector(self.network.parameters()).detach()
+        weights = self._weights().detach()
         self.register_buffer("importance", torch.zeros_like(weights))
         self.register_buffer("anchor", weights.clone())
         self.register_buffer("tension", torch.zeros((), dtype=weights.dtype))
@@ -108,7 +107,7 @@ class EWC(FineTuning):
             gradients = torch.autograd.grad(
                 loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
             )
-            total += parameters_to_vector(gradients).square()
+            total += _vector(gradients).square()
             count += 1
         if count == 0:
             raise ValueError("no losses to estimate the Fisher information from; expected one a sample")
@@ -124,7 +123,7 @@ class EWC(FineTuning):
         """
         new = self.fisher(losses)
         with torch.no_grad():
-            weights = parameters_to_vector(self.network.parameters())
+            weights = self._weights()
             if self.config.earlier_tasks == "online":
                 self.importance.mul_(self.config.decay).add_(new)
                 self.anchor.copy_(weights)
@@ -139,5 +138,13 @@ class EWC(FineTuning):
 
     def penalty(self) -> Tensor:
         """coef / 2 * sum_i F_i (w_i - w*_i)^2, summed over the finished tasks: ()."""
-        gap = parameters_to_vector(self.network.parameters()) - self.anchor
+        gap = self._weights() - self.anchor
         return self.config.coef / 2 * ((self.importance * gap.square()).sum() + self.tension)
+
+    def _weights(self) -> Tensor:
+        return _vector(self.network.parameters())
+
+
+def _vector(tensors: Iterable[Tensor]) -> Tensor:
+    """All values in one vector; reshaped, since gradients may lie in memory in any order."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])

@@ -10,9 +10,13 @@ from policies.adaptation.base import Adaptation, AdaptationConfig, FrozenEncoder
 from policies.adaptation.ewc import EWC, EWCConfig
 from policies.adaptation.feature_extraction import FeatureExtraction
 from policies.adaptation.finetune import FineTuning
+from policies.adaptation.ladder import Ladder, LadderConfig
+from policies.adaptation.lora import LoRA, LoRAConfig
 from policies.adaptation.piggyback import Piggyback, PiggybackConfig
+from policies.adaptation.residual_adapters import ResidualAdapters, ResidualAdaptersConfig
 from policies.adaptation.scratch import Scratch, ScratchConfig
 from policies.adaptation.side_tuning import SideTuning, SideTuningConfig
+from policies.adaptation.spottune import SpotTune, SpotTuneConfig
 from policies.adaptation.superposition import Superposition, SuperpositionConfig
 from policies.encoders import Encoder
 
@@ -25,12 +29,20 @@ __all__ = [
     "FeatureExtraction",
     "FineTuning",
     "FrozenEncoder",
+    "Ladder",
+    "LadderConfig",
+    "LoRA",
+    "LoRAConfig",
     "Piggyback",
     "PiggybackConfig",
+    "ResidualAdapters",
+    "ResidualAdaptersConfig",
     "Scratch",
     "ScratchConfig",
     "SideTuning",
     "SideTuningConfig",
+    "SpotTune",
+    "SpotTuneConfig",
     "Superposition",
     "SuperpositionConfig",
     "TrainableEncoder",
@@ -45,6 +57,10 @@ ADAPTATIONS: dict[str, type[Adaptation]] = {
     "piggyback": Piggyback,
     "superposition": Superposition,
     "ewc": EWC,
+    "spottune": SpotTune,
+    "ladder": Ladder,
+    "residual_adapters": ResidualAdapters,
+    "lora": LoRA,
 }
 """Methods by the name that selects them."""
 

@@ -241,7 +241,7 @@ def _pretrain(arguments: Sequence[str]) -> int:
 PRETRAIN_OPTIONS: tuple[tuple[str, type, Any, str], ...] = (
     ("encoder", str, "fcn5_small", "network family"),
     ("sensor", str, "rgb", "what it looks at: rgb or depth"),
-    ("task", str, "normals", "what it predicts: normals or depth"),
+    ("task", str, "normals", "what it predicts: normals, depth, reshading, curvature or edge_occlusion"),
     ("steps", int, 4000, "optimiser steps"),
     ("batch_size", int, 64, "frames a step"),
     ("train_frames", int, 10000, "frames rendered in train homes"),

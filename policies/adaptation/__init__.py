@@ -10,8 +10,10 @@ from policies.adaptation.base import Adaptation, AdaptationConfig, FrozenEncoder
 from policies.adaptation.ewc import EWC, EWCConfig
 from policies.adaptation.feature_extraction import FeatureExtraction
 from policies.adaptation.finetune import FineTuning
+from policies.adaptation.hierarchical_side_tuning import HierarchicalSideTuning, HierarchicalSideTuningConfig
 from policies.adaptation.ladder import Ladder, LadderConfig
 from policies.adaptation.lora import LoRA, LoRAConfig
+from policies.adaptation.mid_tuning import MidTuning, MidTuningConfig
 from policies.adaptation.piggyback import Piggyback, PiggybackConfig
 from policies.adaptation.residual_adapters import ResidualAdapters, ResidualAdaptersConfig
 from policies.adaptation.scratch import Scratch, ScratchConfig
@@ -29,10 +31,14 @@ __all__ = [
     "FeatureExtraction",
     "FineTuning",
     "FrozenEncoder",
+    "HierarchicalSideTuning",
+    "HierarchicalSideTuningConfig",
     "Ladder",
     "LadderConfig",
     "LoRA",
     "LoRAConfig",
+    "MidTuning",
+    "MidTuningConfig",
     "Piggyback",
     "PiggybackConfig",
     "ResidualAdapters",
@@ -61,6 +67,8 @@ ADAPTATIONS: dict[str, type[Adaptation]] = {
     "ladder": Ladder,
     "residual_adapters": ResidualAdapters,
     "lora": LoRA,
+    "hst": HierarchicalSideTuning,
+    "midtune": MidTuning,
 }
 """Methods by the name that selects them."""
 

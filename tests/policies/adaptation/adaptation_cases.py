@@ -33,7 +33,7 @@ CASES = {
     "sidetune quiet side": Case("sidetune", {"side_init": "low_energy"}, no_decay=("alpha",)),
     "sidetune fixed alpha": Case("sidetune", {"learn_alpha": False}, identity=True),
     "sidetune annealed alpha": Case(
-        "sidetune", {"alpha": 1.0, "learn_alpha": False, "alpha_schedule": "cosine", "side_init": "random"}
+        "sidetune", {"alpha": 0.9, "learn_alpha": False, "alpha_schedule": "cosine", "side_init": "random"}
     ),
     "sidetune base": Case("sidetune", {"fusion": "base"}, identity=True, trains=False),
     "sidetune side": Case("sidetune", {"fusion": "side"}, identity=True, stores=False),
@@ -52,6 +52,12 @@ CASES = {
         "sidetune",
         {"encoder": "resnet44", "fusion": "resmlp2", "side_encoder": "fcn4", "side_init": "random"},
         no_decay=("fusion",),
+    ),
+    "sidetune tokens": Case(
+        "sidetune",
+        {"encoder": "vit_mini_tokens", "fusion": "mlp2"},
+        no_decay=("fusion",),
+        any_size=False,
     ),
     "sidetune vectors": Case("sidetune", {"encoder": "resnet44"}, identity=True, no_decay=("alpha",)),
     "features": Case("features", identity=True, trains=False),
@@ -174,12 +180,6 @@ CASES = {
         identity=True,
         no_decay=("normalisation",),
     ),
-    "residual adapters own statistics": Case(
-        "residual_adapters",
-        {"encoder": "resnet44", "normalisation": "statistics"},
-        stores=False,
-        no_decay=("normalisation",),
-    ),
     "residual adapters without norms": Case(
         "residual_adapters",
         {"form": "series", "normalisation": "frozen"},
@@ -189,7 +189,7 @@ CASES = {
     "lora": Case("lora", {"encoder": "resnet_small", "rank": 4}, stores=False, identity=True),
     "lora vectors": Case(
         "lora",
-        {"encoder": "resnet44", "rank": 2, "rslora": True, "target": "conv2"},
+        {"encoder": "fcn4", "rank": 2, "rslora": True, "target": "conv"},
         stores=False,
         identity=True,
     ),
@@ -206,5 +206,30 @@ CASES = {
         stores=False,
         identity=True,
         any_size=False,
+    ),
+    "hst": Case(
+        "hst",
+        {"encoder": "vit_mini"},
+        stores=False,
+        no_decay=(".bias", "norm", "stem.conv.1."),
+        any_size=False,
+    ),
+    "hst map": Case(
+        "hst",
+        {"encoder": "vit_mini_tokens", "output": "map", "depths": "1,2,2,1", "registers": 2},
+        stores=False,
+        no_decay=(".bias", "norm", "stem.conv.1."),
+        any_size=False,
+    ),
+    "hst as published": Case(
+        "hst",
+        {"encoder": "vit_mini_cls", "norm": "batch", "drop_path": 0.1},
+        stores=False,
+        no_decay=(".bias", "norm", "stem.conv.1."),
+        any_size=False,
+    ),
+    "midtune": Case("midtune", {"unfreeze_at": 0.0}, frozen_base=False, stores=False, identity=True),
+    "midtune while frozen": Case(
+        "midtune", {"encoder": "resnet44", "unfreeze_at": 1.0}, frozen_base=False, identity=True, trains=False
     ),
 }

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,14 @@ _NAMES = (
 _UNUSED = re.compile(r"^(decoder|pooler|classifier)\.|^embeddings\.mask_token$")
 
 
-class _Attention(nn.Module):
+class Attention(nn.Module):
+    """Attention with several heads (Vaswani et al., arXiv:1706.03762): of tokens to themselves, or to others.
+
+    Args:
+        dim: width of a token, D.
+        heads: attention heads, which share the width.
+    """
+
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -57,21 +64,26 @@ class _Attention(nn.Module):
         self.value = nn.Linear(dim, dim)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Tokens (N, T, D) of tokens (N, T, D) and the ones they look at, (N, S, D); themselves if None."""
+        context = x if context is None else context
         q, k, v = (
-            linear(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
-            for linear in (self.query, self.key, self.value)
+            linear(tokens).unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for linear, tokens in ((self.query, x), (self.key, context), (self.value, context))
         )
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class _MLP(nn.Module):
+class MLP(nn.Module):
+    """Two layers with GELU between them, token by token, four times as wide inside: (N, T, D)."""
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, 4 * dim)
         self.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Tokens (N, T, D) of tokens (N, T, D)."""
         return self.fc2(F.gelu(self.fc1(x)))
 
 
@@ -97,10 +109,10 @@ class TransformerBlock(nn.Module):
     def __init__(self, dim: int, heads: int, eps: float, layer_scale: bool) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps)
-        self.attention = _Attention(dim, heads)
+        self.attention = Attention(dim, heads)
         self.scale1 = _LayerScale(dim) if layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps)
-        self.mlp = _MLP(dim)
+        self.mlp = MLP(dim)
         self.scale2 = _LayerScale(dim) if layer_scale else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -153,9 +165,9 @@ class VisionTransformer(BlockEncoder):
         self._seen = grid
 
     @property
-    def blocks(self) -> list[nn.Module]:
+    def blocks(self) -> list[TransformerBlock]:
         """The transformer blocks."""
-        return list(self.layers)
+        return cast(list[TransformerBlock], list(self.layers))
 
     def stem(self, x: Tensor) -> Tensor:
         """Class and patch tokens with their positions: (N, C, H, W) to (N, 1 + h * w, D).

@@ -215,6 +215,12 @@ class Piggyback(Adaptation):
         """The current task's masks by the weights' names in the encoder: 1, 0 or, if ternary, -1."""
         return self._adapter(self.task).masks()
 
+    def metrics(self) -> dict[str, float]:
+        """Share of the weights that the current mask keeps, turned or not, and that it turns."""
+        mask = torch.cat([mask.flatten() for mask in self.masks().values()])
+        kept = {"kept": (mask != 0).float().mean().item()}
+        return kept | {"turned": (mask < 0).float().mean().item()} if self.config.ternary else kept
+
     def forward(self, image: Tensor, base_features: Mapping[str, Tensor] | None = None) -> Tensor:
         """The masked encoder's features, see :meth:`Adaptation.forward`."""
         adapter = self._adapter(self.task)

@@ -106,17 +106,10 @@ class ContextAdapter(nn.Module):
         self._kind = config.context
         self._inputs = {slot(name): weight[0].numel() for name, weight in layer_weights(encoder).items()}
         self.register_buffer("key", torch.tensor([config.context_seed, index]))
-        self.draw()
+        self._draw(config.context_seed, index)
         self.normalisation = (
             TaskNormalisation(encoder, statistics=True) if config.normalisation == "task" else None
         )
-
-    def draw(self) -> None:
-        """Draws the contexts that :attr:`key` stands for."""
-        seed, index = self.key.tolist()
-        for name, inputs in self._inputs.items():
-            context = draw_context(self._kind, seed, index, dotted(name), inputs)
-            self.register_buffer(name, context.to(self.key.device), persistent=False)
 
     def bound(self, encoder: Encoder) -> dict[str, Tensor]:
         """The encoder's weights as the task sees them, by dotted name."""
@@ -125,9 +118,14 @@ class ContextAdapter(nn.Module):
             for name in self._inputs
         }
 
+    def _draw(self, seed: int, index: int) -> None:
+        for name, inputs in self._inputs.items():
+            context = draw_context(self._kind, seed, index, dotted(name), inputs)
+            self.register_buffer(name, context.to(self.key.device), persistent=False)
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.draw()
+        self._draw(*self.key.tolist())
 
 
 class Superposition(Adaptation):

@@ -50,6 +50,17 @@ class Normalised(Encoder):
         return self.layer(self.group(self.batch(self.conv(x))).mean(dim=(2, 3)))
 
 
+class Wide(Encoder):
+    """One linear layer for images of 2 x 2 pixels."""
+
+    def __init__(self):
+        super().__init__(InputSpec())
+        self.linear = nn.Linear(12, 1)
+
+    def forward(self, x):
+        return self.linear(x.flatten(1))
+
+
 def make(base=None, **options):
     torch.manual_seed(0)
     return Piggyback(PiggybackConfig(weights="random", **options), base or Toy())
@@ -141,6 +152,14 @@ def test_a_weight_is_kept_above_the_threshold_only(score, mask, ternary):
         method = make(ternary=option)
         set_scores(method, conv=torch.tensor(score), linear=torch.tensor(score))
         assert all((found == expected).all() for found in method.masks().values())
+
+
+def test_the_shares_of_kept_and_turned_weights_are_reported():
+    for ternary, expected in ((False, {"kept": 0.25}), (True, {"kept": 0.5, "turned": 0.25})):
+        method = make(Wide(), ternary=ternary)
+        assert method.metrics()["kept"] == 1.0
+        set_scores(method, linear=torch.tensor([-0.01, 0.004, 0.0, 0.01]).repeat(3).view(1, 12))
+        assert method.metrics() == expected
 
 
 def test_no_weight_is_removed_before_fifty_steps_of_the_published_rate(image):

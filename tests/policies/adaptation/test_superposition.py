@@ -222,7 +222,9 @@ def test_a_task_may_have_normalisation_of_its_own(image):
     assert not torch.equal(own.get_buffer("norm/running_mean"), shared)
     assert torch.equal(method.adapters["task"].normalisation.get_buffer("norm/running_mean"), before)
     assert torch.equal(method.network.encoder.norm.running_mean, shared)
-    assert {n for n, p in method.named_parameters() if p.grad is not None} == {
+    trained = {n for n, p in method.named_parameters() if p.grad is not None}
+    assert trained == {n for n, p in method.named_parameters() if p.requires_grad}
+    assert trained == {
         "network.encoder.conv.weight",
         "network.encoder.conv.bias",
         "adapters.second.normalisation.norm/weight",

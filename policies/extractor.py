@@ -32,29 +32,63 @@ EMBEDDING = 32
 """Features of every sensor that is not an image, as in Habitat's baselines."""
 
 
-class TransferHead(nn.Module):
-    """A small trainable bridge from adapted features to the policy.
+MID_LEVEL_CHANNELS = 8
+"""Channels of the maps that mid-level encoders give, such as Taskonomy's."""
 
-    Maps pass two residual 3x3 convolutions, side-tuning's transfer network (1,168 parameters for 8 channels),
-    and one linear layer; vectors the linear layer alone.
+COMPRESSED = 2048
+"""Values to which larger maps are compressed, about; those of an 8 x 16 x 16 map."""
+
+
+class TransferHead(nn.Module):
+    """A small trainable bridge from adapted features to the policy, which ends in one linear layer.
+
+    Before it, maps of up to 8 channels pass two residual 3x3 convolutions, side-tuning's transfer network
+    (1,168 parameters for 8 channels). Maps of more channels pass a compression layer as in VC-1's policies
+    (Majumdar et al., arXiv:2303.18240): a 3x3 convolution to as many channels as make about 2048 values,
+    GroupNorm and ReLU. Tokens pass the same layer, each by itself, for their order says nothing of their
+    places. Vectors pass the linear layer alone.
+
+    Args:
+        shape: of one image's features: (C, h, w), (T, D) or (C,).
+        features: what they become.
     """
 
     def __init__(self, shape: tuple[int, ...], features: int) -> None:
         super().__init__()
         self.transfer: nn.ModuleList | None = None
-        if len(shape) == 3:
+        self.compression: nn.Sequential | None = None
+        if len(shape) == 2:
+            shape, self.compression = _compression(shape[1], (shape[0], 1), 1)
+        elif len(shape) == 3 and shape[0] > MID_LEVEL_CHANNELS:
+            shape, self.compression = _compression(shape[0], shape[1:], 3)
+        elif len(shape) == 3:
             channels = shape[0]
             self.transfer = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
         self.compress = nn.Linear(torch.Size(shape).numel(), features)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features (N, features) of (N, C, h, w) or (N, C)."""
-        if self.transfer is not None:
+        """Features (N, features) of (N, C, h, w), (N, T, D) or (N, C)."""
+        if self.compression is not None:
+            x = self.compression(x.mT.unsqueeze(3) if x.dim() == 3 else x).flatten(1)
+        elif self.transfer is not None:
             skip = x
             for conv in self.transfer:
                 x = F.relu(conv(x))
             x = (x + skip).flatten(1)
         return F.relu(self.compress(x))
+
+
+def _compression(
+    channels: int, places: tuple[int, ...], kernel: int
+) -> tuple[tuple[int, ...], nn.Sequential]:
+    """A layer to fewer channels, and the shape (C, h, w) that it gives for so many rows and columns."""
+    fewer = min(channels, max(1, round(COMPRESSED / (places[0] * places[1]))))
+    layer = nn.Sequential(
+        nn.Conv2d(channels, fewer, kernel, padding=kernel // 2, bias=False),
+        nn.GroupNorm(1, fewer),
+        nn.ReLU(),
+    )
+    return (fewer, *places), layer
 
 
 class PolarGoal(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from gymnasium import spaces
 from stable_baselines3 import PPO
 
-from policies.extractor import AdaptedExtractor
+from policies.extractor import AdaptedExtractor, TransferHead
 
 IMAGE = spaces.Box(0, 255, (64, 64, 3), np.uint8)
 DEPTH = spaces.Box(0.0, 1.0, (64, 64, 1), np.float32)
@@ -83,6 +83,66 @@ def test_every_part_contributes():
     for key in seen:
         changed = {**seen, key: observation(space, 4)[key][2:]}
         assert not torch.equal(extractor(changed), features), key
+
+
+def sizes(head):
+    return {name: tuple(p.shape) for name, p in head.named_parameters()}
+
+
+def test_small_maps_pass_the_transfer_network():
+    found = sizes(TransferHead((8, 16, 16), 32))
+    assert found.pop("compress.weight") == (32, 2048)
+    assert found.pop("compress.bias") == (32,)
+    assert sum(torch.Size(shape).numel() for shape in found.values()) == 1168
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "fewer"),
+    [
+        ((768, 14, 14), 3, 10),
+        ((384, 16, 16), 3, 8),
+        ((216, 8, 8), 3, 32),
+        ((12, 4, 4), 3, 12),
+        ((9, 90, 90), 3, 1),
+        ((197, 768), 1, 10),
+        ((5, 96), 1, 96),
+    ],
+)
+def test_wide_maps_and_tokens_are_compressed_to_about_2048_values(shape, kernel, fewer):
+    head = TransferHead(shape, 7)
+    channels = shape[1] if len(shape) == 2 else shape[0]
+    places = torch.Size(shape).numel() // channels
+    assert sizes(head) == {
+        "compression.0.weight": (fewer, channels, kernel, kernel),
+        "compression.1.weight": (fewer,),
+        "compression.1.bias": (fewer,),
+        "compress.weight": (7, fewer * places),
+        "compress.bias": (7,),
+    }
+    assert head(torch.randn(3, *shape)).shape == (3, 7)
+
+
+def test_tokens_are_compressed_each_by_itself():
+    torch.manual_seed(0)
+    head = TransferHead((4, 6), 3)
+    tokens = torch.randn(1, 4, 6)
+    order = torch.tensor([2, 0, 3, 1])
+    convolution = head.compression[0]
+    mixed = convolution(tokens[:, order].mT.unsqueeze(3))
+    torch.testing.assert_close(mixed, convolution(tokens.mT.unsqueeze(3))[:, :, order])
+
+
+def test_vectors_pass_the_linear_layer_alone():
+    assert sizes(TransferHead((64,), 3)) == {"compress.weight": (3, 64), "compress.bias": (3,)}
+
+
+@pytest.mark.parametrize("encoder", ["vit_mini", "vit_mini_tokens", "vit_mini_cls"])
+def test_every_form_of_features_reaches_the_policy(encoder):
+    extractor = make(spaces.Dict(rgb=IMAGE), adaptation="features", encoder=encoder)
+    seen = observation(spaces.Dict(rgb=IMAGE))
+    features = extractor(seen)
+    assert features.shape == (2, 256)
+    assert not torch.equal(features[0], features[1])
 
 
 def test_channels_first_images_are_the_same_images():

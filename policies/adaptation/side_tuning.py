@@ -229,20 +229,16 @@ class SideTuning(Adaptation):
             side = make_encoder(config.side_encoder or config.encoder, config.channels, "random")
         else:
             side = copy.deepcopy(design)
-        match config.side_init:
-            case "copy":
-                if own is None:
-                    Encoder.load_tensors(side, self.base.encoder.state_dict(), "the base")
-            case "distilled":
-                side.load_tensors(read_weights(str(config.side_weights)).tensors, str(config.side_weights))
-            case "random":
+            if config.side_init in ("random", "low_energy", "zero"):
                 side.initialise()
-            case "low_energy":
-                side.initialise()
-                side.scale_outputs(LOW_ENERGY)
-            case "zero":
-                side.initialise()
-                _silence(side)
+        if config.side_init == "copy" and own is None:
+            Encoder.load_tensors(side, self.base.encoder.state_dict(), "the base")
+        elif config.side_weights is not None:
+            side.load_tensors(read_weights(config.side_weights).tensors, config.side_weights)
+        elif config.side_init == "low_energy":
+            side.scale_outputs(LOW_ENERGY)
+        elif config.side_init == "zero":
+            _silence(side)
         return side
 
     def start_task(self, task: str) -> None:

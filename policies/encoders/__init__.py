@@ -10,6 +10,7 @@ from policies.encoders.base import BlockEncoder, Encoder, InputSpec
 from policies.encoders.fcn import FCN3, FCN4, FCN5, FCN8, fcn5_small
 from policies.encoders.resnet_cifar import ResNet44
 from policies.encoders.resnet_small import ResNetSmall
+from policies.encoders.taskonomy import TASKONOMY_ENCODERS
 from policies.encoders.vit import VISION_TRANSFORMERS
 from policies.weights import read_weights
 
@@ -23,6 +24,7 @@ ENCODERS: dict[str, Callable[[int], Encoder]] = {
     "fcn8": FCN8,
     "resnet44": ResNet44,
     "resnet_small": ResNetSmall,
+    **TASKONOMY_ENCODERS,
     **VISION_TRANSFORMERS,
 }
 """Encoders by the name that selects them; each is called with the number of input channels."""

@@ -84,6 +84,37 @@ class InputSpec:
         return pixels
 
 
+def check_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Checks that tensors are those of a module, all of them and no others.
+
+    Raises:
+        ValueError: naming the tensors that are missing, unexpected or of another shape.
+    """
+    own = module.state_dict()
+    # Files from before BatchNorm counted its batches lack the counter; it does not enter the output.
+    missing = [k for k in own if k not in tensors and not k.endswith("num_batches_tracked")]
+    unexpected = [k for k in tensors if k not in own]
+    wrong = [
+        f"{k} {tuple(tensors[k].shape)} instead of {tuple(own[k].shape)}"
+        for k in own
+        if k in tensors and tensors[k].shape != own[k].shape
+    ]
+    faults = [
+        f"{kind}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
+        if names
+    ]
+    if faults:
+        raise ValueError(f"{source} does not fit {type(module).__name__}: " + "; ".join(faults))
+
+
+def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Loads tensors into a module by name, see :func:`check_tensors`."""
+    check_tensors(module, tensors, source)
+    own = module.state_dict()
+    module.load_state_dict({**own, **{k: v.to(own[k].dtype) for k, v in tensors.items()}})
+
+
 class Encoder(nn.Module):
     """A network from an image to a feature map (N, C, h, w), tokens (N, T, D) or a vector (N, C)."""
 
@@ -178,23 +209,7 @@ class Encoder(nn.Module):
         Raises:
             ValueError: naming the tensors that are missing, unexpected or of another shape.
         """
-        own = self.state_dict()
-        # Files from before BatchNorm counted its batches lack the counter; it does not enter the output.
-        missing = [k for k in own if k not in tensors and not k.endswith("num_batches_tracked")]
-        unexpected = [k for k in tensors if k not in own]
-        wrong = [
-            f"{k} {tuple(tensors[k].shape)} instead of {tuple(own[k].shape)}"
-            for k in own
-            if k in tensors and tensors[k].shape != own[k].shape
-        ]
-        faults = [
-            f"{kind}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
-            for kind, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
-            if names
-        ]
-        if faults:
-            raise ValueError(f"{source} does not fit {type(self).__name__}: " + "; ".join(faults))
-        self.load_state_dict({**own, **{k: v.to(own[k].dtype) for k, v in tensors.items()}})
+        load_tensors(self, tensors, source)
 
 
 class BlockEncoder(Encoder):

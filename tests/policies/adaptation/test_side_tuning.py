@@ -7,6 +7,8 @@ from torch import nn
 
 from policies.adaptation import SideTuning, SideTuningConfig
 from policies.encoders import Encoder, InputSpec, make_encoder
+from policies.encoders.fcn import FCN5
+from policies.encoders.taskonomy import TaskonomyEncoder
 from policies.weights import save_safetensors
 
 
@@ -164,6 +166,20 @@ def test_any_two_networks_fuse_whose_features_agree(kind, fusion, small):
     method = make(other, Toy(kind, 6), fusion=fusion)
     assert method(small).shape == (3, *method.output_shape(9, 9))
     assert method(small).shape[1:] == {"map": (6, 4, 4), "tokens": (16, 6), "vector": (6,)}[kind]
+
+
+def test_a_small_convolution_stands_beside_a_transformer_whose_map_it_matches(image):
+    method = make(side=Toy(channels=96, stride=8), encoder="vit_mini")
+    assert method(image).shape == (4, 96, 8, 8)
+    torch.testing.assert_close(method(image), 0.5 * (method.base(image) + method.side(image)))
+
+
+def test_the_paper_s_networks_fuse_and_count_as_in_its_code():
+    with torch.device("meta"):
+        method = make(TaskonomyEncoder(), FCN5(), fusion="mlp2")
+    assert method.output_shape(256, 256) == (8, 16, 16)
+    # The side network, and two times a factor, two 1x1 convolutions and a GroupNorm.
+    assert sum(p.numel() for p in method.parameters()) == 921_376 + 2 * (1 + 64 + 16 + 64)
 
 
 def test_base_and_side_of_different_shape_are_refused_at_once():

@@ -15,6 +15,7 @@ from policies.adaptation.ladder import Ladder, LadderConfig
 from policies.adaptation.lora import LoRA, LoRAConfig
 from policies.adaptation.mid_tuning import MidTuning, MidTuningConfig
 from policies.adaptation.piggyback import Piggyback, PiggybackConfig
+from policies.adaptation.progressive import Progressive, ProgressiveConfig
 from policies.adaptation.residual_adapters import ResidualAdapters, ResidualAdaptersConfig
 from policies.adaptation.scratch import Scratch, ScratchConfig
 from policies.adaptation.side_tuning import SideTuning, SideTuningConfig
@@ -41,6 +42,8 @@ __all__ = [
     "MidTuningConfig",
     "Piggyback",
     "PiggybackConfig",
+    "Progressive",
+    "ProgressiveConfig",
     "ResidualAdapters",
     "ResidualAdaptersConfig",
     "Scratch",
@@ -69,6 +72,7 @@ ADAPTATIONS: dict[str, type[Adaptation]] = {
     "lora": LoRA,
     "hst": HierarchicalSideTuning,
     "midtune": MidTuning,
+    "progressive": Progressive,
 }
 """Methods by the name that selects them."""
 

@@ -232,4 +232,17 @@ CASES = {
     "midtune while frozen": Case(
         "midtune", {"encoder": "resnet44", "unfreeze_at": 1.0}, frozen_base=False, identity=True, trains=False
     ),
+    "progressive": Case("progressive", {"encoder": "resnet_small"}, stores=False),
+    "progressive copied": Case(
+        "progressive",
+        {"encoder": "resnet_small", "column_init": "copy", "store_taps": True},
+        identity=True,
+    ),
+    "progressive tokens": Case(
+        "progressive",
+        {"encoder": "vit_mini_cls", "column_init": "copy", "lateral": "nonlinear"},
+        stores=False,
+        identity=True,
+        any_size=False,
+    ),
 }

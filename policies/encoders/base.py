@@ -172,8 +172,8 @@ class Encoder(nn.Module):
 
     def output_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Shape of one image's features for images of height x width pixels: (C, h, w), (T, D) or (C,)."""
-        parameter = next(iter([*self.parameters(), *self.buffers()]))
-        image = torch.zeros(1, height, width, self.input_spec.channels, device=parameter.device)
+        device = next((tensor.device for tensor in [*self.parameters(), *self.buffers()]), None)
+        image = torch.zeros(1, height, width, self.input_spec.channels, device=device)
         training = self.training
         self.eval()
         try:

@@ -6,7 +6,8 @@
 
 All of them are one network with other sizes. It reads the files of the Hugging Face hub as they are, and
 gives what the models of ``transformers`` give. That library takes seconds to import, and renames its layers
-between versions, while methods work on single blocks here; so it serves as the reference of the tests.
+between versions, while methods work on single blocks here; so a model of that library, of any size, becomes
+this network by :func:`policies.encoders.hub.from_transformers`.
 """
 
 from __future__ import annotations

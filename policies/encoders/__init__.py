@@ -8,7 +8,7 @@ from pathlib import Path
 
 from policies.catalogue import catalogue, catalogue_path, default_entry, find_entry
 from policies.encoders.base import BlockEncoder, Encoder, InputSpec
-from policies.encoders.fcn import FCN3, FCN4, FCN5, FCN8, fcn5_small
+from policies.encoders.fcn import FCN3, FCN4, FCN5, FCN8, SMALL_IMAGE_FCNS, fcn5_small
 from policies.encoders.resnet_cifar import ResNet44
 from policies.encoders.resnet_small import ResNetSmall
 from policies.encoders.taskonomy import TASKONOMY_ENCODERS, TaskonomySet
@@ -32,6 +32,7 @@ ENCODERS: dict[str, Callable[[int], Encoder]] = {
     "fcn5": FCN5,
     "fcn5_small": fcn5_small,
     "fcn8": FCN8,
+    **SMALL_IMAGE_FCNS,
     "resnet44": ResNet44,
     "resnet_small": ResNetSmall,
     **TASKONOMY_ENCODERS,
@@ -63,8 +64,8 @@ def _weights_path(name: str, channels: int, weights: str) -> Path:
     entry = find_entry(weights)
     if name not in entry.encoders or channels != entry.channels:
         raise ValueError(
-            f"weights {weights!r} are for {', '.join(entry.encoders) or 'a decoder'} with {entry.channels} input "
-            f"channel(s), not for {name!r} with {channels}"
+            f"weights {weights!r} are for {', '.join(entry.encoders) or 'a decoder'} with {entry.channels} "
+            f"input channel(s), not for {name!r} with {channels}"
         )
     return catalogue_path(weights)
 

@@ -6,6 +6,9 @@ GroupNorm has two groups.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor, nn
 
 from policies.encoders.base import Encoder, InputSpec
@@ -26,12 +29,17 @@ def _block(
 
 
 class FCN3(Encoder):
-    """Three layers: (N, C, 256, 256) to (N, 8, 16, 16)."""
+    """Three layers: (N, C, 256, 256) to (N, 8, 16, 16) as published, (N, C, 32, 32) to (N, 8, 2, 2).
+
+    Args:
+        channels: 3 for colour, 1 for depth.
+        size: rows and columns to which images are resized; None takes them as they come.
+    """
 
     output_layers = ("conv3.0",)
 
-    def __init__(self, channels: int = 3) -> None:
-        super().__init__(InputSpec(channels, (256, 256)))
+    def __init__(self, channels: int = 3, size: tuple[int, int] | None = (256, 256)) -> None:
+        super().__init__(InputSpec(channels, size))
         self.conv1 = _block(channels, 64, kernel=8, stride=4, padding=1)
         self.conv2 = _block(64, 256, stride=2, padding=2)
         self.conv3 = _block(256, 8, stride=2, norm=False)
@@ -63,7 +71,8 @@ class FCN4(Encoder):
 
 
 class FCN5(Encoder):
-    """Five layers and a skip connection from the second: (N, C, 256, 256) to (N, 8, 16, 16) as published.
+    """Five layers and a skip connection from the second: (N, C, 256, 256) to (N, 8, 16, 16) as published,
+    (N, C, 32, 32) to (N, 8, 2, 2).
 
     Args:
         channels: 3 for colour, 1 for depth.
@@ -104,12 +113,18 @@ def fcn5_small(channels: int = 3) -> FCN5:
 
 
 class FCN8(Encoder):
-    """Eight layers and three skip connections: (N, C, 256, 256) to (N, 8, 16, 16)."""
+    """Eight layers and three skip connections: (N, C, 256, 256) to (N, 8, 16, 16) as published,
+    (N, C, 32, 32) to (N, 8, 2, 2).
+
+    Args:
+        channels: 3 for colour, 1 for depth.
+        size: rows and columns to which images are resized; None takes them as they come.
+    """
 
     output_layers = ("conv8.1", "skip3.1")
 
-    def __init__(self, channels: int = 3) -> None:
-        super().__init__(InputSpec(channels, (256, 256)))
+    def __init__(self, channels: int = 3, size: tuple[int, int] | None = (256, 256)) -> None:
+        super().__init__(InputSpec(channels, size))
         self.conv1 = _block(channels, 64, kernel=8, stride=4, padding=2)
         self.conv2 = _block(64, 128, stride=2, padding=1)
         self.conv3 = _block(128, 256, stride=2, padding=1)
@@ -128,3 +143,12 @@ class FCN8(Encoder):
         x = self.conv4(self.conv3(x)) + self.skip1(x)
         x = self.conv6(self.conv5(x)) + self.skip2(x)
         return self.conv8(self.conv7(x)) + self.skip3(x)
+
+
+SMALL_IMAGE_FCNS: dict[str, Callable[[int], Encoder]] = {
+    "fcn3_cifar": partial(FCN3, size=(32, 32)),
+    "fcn5_cifar": partial(FCN5, size=(32, 32)),
+    "fcn8_cifar": partial(FCN8, size=(32, 32)),
+}
+"""The encoders for images of 256 x 256 pixels, for images of 32 x 32 without enlarging these. The authors
+used only FCN4 at this size."""

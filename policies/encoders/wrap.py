@@ -150,7 +150,7 @@ class WrappedBlockEncoder(WrappedEncoder, BlockEncoder):
         if not difference <= _TOLERANCE * max(1.0, whole.abs().max().item()):
             raise ValueError(
                 f"{self.name}: stem, blocks and neck give features that differ by {difference:.3g} from "
-                "those of the whole network; name all of its blocks in their order, and put what comes before "
+                "those of the whole network; name all its blocks in their order, and put what comes before "
                 "and after them into stem and neck"
             )
 

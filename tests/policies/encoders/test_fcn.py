@@ -1,4 +1,12 @@
-"""The side-tuning authors' networks, against their own outputs and sizes."""
+"""The side-tuning authors' networks, against their own outputs and sizes.
+
+``tests/data/encoders_authors.npz`` was recorded with torch 2.13 and the authors' classes FCN3, FCN4Reshaped,
+FCN5, FCN8 (``tlkit/models/student_models.py``) and ResnetiCifar44NoLinear (``resnet_cifar.py``) of
+github.com/jozhang97/side-tuning, commit dea3456, as they are: outputs for two images of 32 x 32 pixels, in
+evaluation mode, on the weights of :func:`fill` with seeds 1 to 5.
+"""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +32,44 @@ def test_published_sizes(name, parameters, shape):
 
 def test_fcn3_gives_eight_channels():
     assert ENCODERS["fcn3"](3).output_shape(256, 256) == (8, 16, 16)
+
+
+def fill(network, seed):
+    """Weights and statistics of a random generator whose numbers stay the same from version to version."""
+    source = np.random.RandomState(seed)
+    state = network.state_dict()
+    for name in sorted(state):
+        if name.endswith("num_batches_tracked"):
+            continue
+        value = state[name]
+        drawn = source.uniform(-1, 1, size=tuple(value.shape))
+        if value.dim() > 1:
+            drawn = drawn * (3 / np.prod(value.shape[1:])) ** 0.5
+        elif name.endswith(("running_var", "weight")):
+            drawn = 1 + drawn / 2
+        else:
+            drawn = drawn / 4
+        value.copy_(torch.from_numpy(drawn.astype(np.float32)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("theirs", "ours", "seed"),
+    [
+        ("fcn3", "fcn3_cifar", 1),
+        ("fcn4", "fcn4", 2),
+        ("fcn5", "fcn5_cifar", 3),
+        ("fcn8", "fcn8_cifar", 4),
+        ("resnet44", "resnet44", 5),
+    ],
+)
+def test_images_of_32_pixels_give_the_authors_outputs(theirs, ours, seed):
+    recorded = np.load(Path(__file__).parents[2] / "data" / "encoders_authors.npz")
+    network = ENCODERS[ours](3).eval()
+    fill(network, seed)
+    image = torch.from_numpy(recorded["input"])
+    assert network.preprocess(torch.zeros(1, 32, 32, 3)).shape[1:] == image.shape[1:]  # not resized
+    np.testing.assert_allclose(network(image).numpy(), recorded[theirs], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.*untrained")

@@ -11,12 +11,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from policies.catalogue import catalogue_path
 from policies.encoders.base import BlockEncoder, Encoder, InputSpec, check_tensors, load_tensors
+from policies.weights import read_weights
 
 ENCODER_TASKS = (
     "autoencoding",
@@ -304,6 +307,24 @@ class TaskonomyDecoder(nn.Module):
             ValueError: naming the tensors that are missing, unexpected or of another shape.
         """
         load_tensors(self, tensors, source)
+
+
+def make_decoder(task: str, weights: str | Path = "default") -> TaskonomyDecoder:
+    """Builds a decoder.
+
+    Args:
+        task: a key of :data:`DECODER_CHANNELS`.
+        weights: ``"default"`` for the published ones, which have to be fetched before, ``"random"`` for fresh
+            ones, or the path of a ``.safetensors`` or ``.pth`` file.
+
+    Raises:
+        ValueError: for an unknown task, or weights that are not there, are unreadable or do not fit.
+    """
+    decoder = TaskonomyDecoder(task)
+    if str(weights) != "random":
+        path = catalogue_path(f"taskonomy-{task}-decoder") if str(weights) == "default" else Path(weights)
+        decoder.load_tensors(read_weights(path).tensors, str(path))
+    return decoder
 
 
 def _check_task(task: str, known: Sequence[str] | Mapping[str, int], kind: str) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from visualpriors import taskonomy_network as published
 from visualpriors import transforms
 
+from policies.catalogue import catalogue, default_entry
 from policies.encoders import ENCODERS, make_encoder
 from policies.encoders.taskonomy import (
     CLASSIFICATION_TASKS,
@@ -20,6 +21,7 @@ from policies.encoders.taskonomy import (
     TaskonomyDecoder,
     TaskonomyEncoder,
     TaskonomySet,
+    make_decoder,
 )
 
 
@@ -232,3 +234,40 @@ def test_random_members_are_drawn_as_single_networks_are():
     bound = (6 / (2 * 128 * 9)) ** 0.5
     assert 0.99 * bound < weight.abs().max() <= bound
     assert not torch.equal(*weight.chunk(2))
+
+
+@torch.no_grad()
+def test_published_file_of_a_decoder_loads_unchanged(tmp_path):
+    expected = randomise(lambda: published_decoder("reshading"), 6)
+    # Published files have the state one level down.
+    torch.save({"state_dict": expected.state_dict(), "epoch": 0}, tmp_path / "reshading.pth")
+    ours = make_decoder("reshading", tmp_path / "reshading.pth").eval()
+    features = torch.rand(1, 8, 2, 2)
+    agree(ours(features), expected(features))
+    with pytest.raises(ValueError, match=r"reshading\.pth does not fit .*wrong shape: decoder_output"):
+        make_decoder("normal", tmp_path / "reshading.pth")
+
+
+@torch.no_grad()
+def test_published_file_of_an_encoder_loads_unchanged(theirs, tmp_path):
+    torch.save({"state_dict": theirs[1].state_dict(), "epoch": 0}, tmp_path / "normal.pth")
+    ours = make_encoder("taskonomy_normal", weights=tmp_path / "normal.pth").eval()
+    agree(ours(image(32)), theirs[1](image(32)))
+
+
+def test_default_weights_that_were_not_fetched_say_how(tmp_path, monkeypatch):
+    monkeypatch.setenv("NAVAGENT_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match="navagent weights fetch taskonomy-normal-decoder"):
+        make_decoder("normal")
+    with pytest.raises(ValueError, match="navagent weights fetch taskonomy-segment_unsup2d`"):
+        make_encoder("taskonomy_max_coverage_2")
+
+
+def test_every_published_network_has_its_entry_in_the_catalogue():
+    entries = catalogue()
+    assert {name for name in entries if name.startswith("taskonomy-")} == {
+        *(f"taskonomy-{task}" for task in ENCODER_TASKS),
+        *(f"taskonomy-{task}-decoder" for task in DECODER_CHANNELS),
+    }
+    for task in ENCODER_TASKS:
+        assert default_entry(f"taskonomy_{task}").name == f"taskonomy-{task}"

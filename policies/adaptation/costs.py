@@ -41,9 +41,11 @@ def measure(method: Adaptation, height: int, width: int, batch_size: int = 32) -
     """Costs of a method with one task begun; memory is given for batches of ``batch_size`` images.
 
     Operations are those of convolutions, matrix products and attention, as torch's counter has them, on two
-    images, once in evaluation and once in training. All is done on a copy of the method.
+    images, once in evaluation and once in training. A method with a schedule is counted at the end of it. All
+    is done on a copy of the method.
     """
     method = copy.deepcopy(method)
+    method.set_progress(1, 1)
     channels = method.config.channels
     device = next((t.device for t in [*method.parameters(), *method.buffers()]), None)
     image = torch.randint(0, 256, (2, height, width, channels), dtype=torch.uint8, device=device)

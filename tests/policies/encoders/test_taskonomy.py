@@ -5,8 +5,10 @@ Statistics of BatchNorm are random too. Images are small where the size does not
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from visualpriors import taskonomy_network as published
 from visualpriors import transforms
@@ -71,6 +73,19 @@ def agree(seen, expected):
 def test_published_size():
     with torch.device("meta"):
         assert sum(p.numel() for p in TaskonomyEncoder().parameters()) == 23_655_504
+
+
+@pytest.mark.parametrize("size", [300, 256, 96])
+def test_preprocessing_is_the_published_one_within_pillows_roundings(size):
+    picture = torch.randint(0, 256, (size, size, 3), dtype=torch.uint8, generator=torch.manual_seed(size))
+    # As published: TF.to_tensor(TF.resize(image, 256)) * 2 - 1, of a Pillow image.
+    resized = Image.fromarray(picture.numpy()).resize((256, 256), Image.Resampling.BILINEAR)
+    expected = torch.from_numpy(np.array(resized)).permute(2, 0, 1) / 255 * 2 - 1
+    with torch.device("meta"):
+        encoder = TaskonomyEncoder()
+    # Pillow rounds twice to whole levels, of which there are 127.5 in a unit: at most 1 level in all.
+    error = (encoder.preprocess(picture[None])[0] - expected).abs().max()
+    assert error <= (1.01 / 127.5 if size != 256 else 1e-6)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -67,12 +68,15 @@ def costs(
 def table(rows: Sequence[Row], base: str, batch_size: int) -> Table:
     """The costs on one base, for people."""
     shown = Table(
-        title=f"{base}",
-        caption=f"operations [MFLOP] are of one image; memory [MB] is what learning on {batch_size} images "
-        "keeps, with Adam; where base features are stored, learning starts from them",
+        title=base,
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        caption="learned: parameters; a task: what is stored for one; act, forward, backward: MFLOP an image; "
+        f"memory: MB that learning on {batch_size} images keeps, with Adam; stored: whether base features are "
+        "computed once and kept",
     )
     shown.add_column("method", no_wrap=True)
-    for name in ("parameters", "a task is", "act", "forward", "backward", "memory", "stored"):
+    for name in ("learned", "a task", "act", "forward", "backward", "memory", "stored"):
         shown.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         if row.base != base:

@@ -71,9 +71,10 @@ def table(rows: Sequence[Row], base: str, batch_size: int) -> Table:
         title=base,
         box=box.SIMPLE_HEAD,
         pad_edge=False,
-        caption="learned: parameters; a task: what is stored for one; act, forward, backward: MFLOP an image; "
-        f"memory: MB that learning on {batch_size} images keeps, with Adam; stored: whether base features are "
-        "computed once and kept",
+        padding=(0, 1, 0, 0),
+        caption="learned: parameters; a task: what is stored for one; act, forward, backward: MFLOP an "
+        f"image; memory: MB that learning on {batch_size} images keeps, with Adam; stored: whether base "
+        "features are computed once and kept",
     )
     shown.add_column("method", no_wrap=True)
     for name in ("learned", "a task", "act", "forward", "backward", "memory", "stored"):

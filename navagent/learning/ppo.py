@@ -1,45 +1,31 @@
 """Proximal policy optimisation (Schulman et al. 2017) on whole sequences, as a Stable-Baselines3 algorithm.
 
-What differs from :class:`stable_baselines3.PPO`: rollouts stay tensors on the device; the policy may have a
-memory, so a minibatch is whole sequences of some environments; features of a frozen encoder are stored with
-the rollout and handed back in the update; and an expert may teach first (:mod:`navagent.learning.imitation`).
-On a policy without memory and with one minibatch, an update is the same as Stable-Baselines3's.
+What differs from :class:`stable_baselines3.PPO`: the policy may have a memory, so a minibatch is whole
+sequences of some environments; features of a frozen encoder are stored with the rollout and handed back in
+the update; and an expert may teach first (:mod:`navagent.learning.imitation`). Rollouts are collected by
+:mod:`navagent.learning.algorithm`. On a policy without memory and with one minibatch, an update is the same
+as Stable-Baselines3's.
 """
 
 from __future__ import annotations
 
-import random
-import time
-from collections import defaultdict, deque
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, ClassVar
+from collections import defaultdict
+from typing import Any
 
-import numpy as np
 import torch
 from gymnasium import spaces
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import FloatSchedule
-from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 from torch.nn import functional
 
-from navagent.learning.imitation import (
-    Anchor,
-    ExpertMixture,
-    ImitationConfig,
-    divergence,
-    imitation_objective,
-)
-from navagent.learning.rollout import SequenceBatch, SequenceBuffer, TensorEnv, tensor_env
-
-_POLICY_METHODS = ("initial_memory", "act", "evaluate_sequences", "penalty", "metrics", "set_progress")
+from navagent.learning.algorithm import SequenceAlgorithm
+from navagent.learning.imitation import ImitationConfig, divergence, imitation_objective
+from navagent.learning.rollout import SequenceBatch
 
 
-class PPO(OnPolicyAlgorithm):
+class PPO(SequenceAlgorithm):
     """PPO for policies with memory over frozen features, with an optional imitation phase before it.
 
     The policy class must be a Stable-Baselines3 policy that also has ``initial_memory``, ``act``,
@@ -48,9 +34,6 @@ class PPO(OnPolicyAlgorithm):
     ``predict`` are Stable-Baselines3's. A callback may also define ``on_update_end() -> bool``, called after
     each update; returning False ends the training.
     """
-
-    policy_aliases: ClassVar[dict[str, Any]] = {}
-    rollout_buffer: SequenceBuffer  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -120,20 +103,7 @@ class PPO(OnPolicyAlgorithm):
             supported_action_spaces=(spaces.Discrete,),
         )
 
-    @staticmethod
-    def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
-        # The base class would transpose images to channels first; the encoder declares its own preprocessing.
-        if isinstance(env, VecEnv):
-            return env
-        return OnPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
-
     def _setup_model(self) -> None:
-        missing = [name for name in _POLICY_METHODS if not hasattr(self.policy_class, name)]
-        if missing:
-            raise TypeError(
-                f"policy {self.policy_class.__name__} lacks {', '.join(missing)}: use "
-                "policies.actor_critic.NavigationPolicy or a policy with the same methods"
-            )
         for name, count in (
             ("n_minibatches", self.n_minibatches),
             ("imitation num_minibatches", self.imitation.num_minibatches),
@@ -142,258 +112,10 @@ class PPO(OnPolicyAlgorithm):
                 raise ValueError(
                     f"{name} {count} must lie between 1 and the number of environments, {self.n_envs}"
                 )
-        self._setup_lr_schedule()
-        self.set_random_seed(self.seed)
         self.clip_range = FloatSchedule(self.clip_range)
         if self.clip_range_vf is not None:
             self.clip_range_vf = FloatSchedule(self.clip_range_vf)
-        self.rollout_buffer = SequenceBuffer(self.n_steps, self.n_envs, self.device, self.feature_dtype)
-        self.policy = self.policy_class(  # type: ignore[assignment]
-            self.observation_space, self.action_space, self.lr_schedule, **self.policy_kwargs
-        ).to(self.device)
-        self.generator = torch.Generator().manual_seed(0 if self.seed is None else self.seed)
-        """Draws the order of environments in minibatches and who acts while imitating."""
-        assert isinstance(self.action_space, spaces.Discrete)
-        # PointNav's STOP is action 0 of four; with three actions stopping is automatic.
-        stop_action = 0 if self.action_space.n == 4 else None
-        self.mixture = ExpertMixture(self.imitation, self.n_envs, stop_action, self.generator)
-        self.anchor: Anchor | None = None
-        self.stage_seconds: dict[str, float] = defaultdict(float)
-        """Time spent since the last log, by stage: simulate, expert, policy, update [s]."""
-        self.recent_episodes: deque[dict[str, float]] = deque(maxlen=self._stats_window_size)
-        """Measures of the newest episodes."""
-        self.episodes_of_rollout: list[dict[str, float]] = []
-        """Measures of the episodes that ended in the newest rollout."""
-        self._frames_logged = 0
-        self._memory: Tensor | None = None
-        self._tensor_env: TensorEnv | None = None
-
-    def _excluded_save_params(self) -> list[str]:
-        return [
-            *super()._excluded_save_params(),
-            "generator",
-            "mixture",
-            "anchor",
-            "_memory",
-            "_tensor_env",
-            "_last_obs",
-            "_last_episode_starts",
-        ]
-
-    @property
-    def phase(self) -> str:
-        """``imitation`` or ``ppo``: what the next rollout is for."""
-        return "imitation" if self.num_timesteps < self.imitation.frames else "ppo"
-
-    @contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            self.stage_seconds[name] += time.perf_counter() - start
-
-    def _setup_learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        reset_num_timesteps: bool = True,
-        tb_log_name: str = "run",
-        progress_bar: bool = False,
-    ) -> tuple[int, BaseCallback]:
-        assert self.env is not None
-        self._tensor_env = tensor_env(self.env, self.device)
-        begins = reset_num_timesteps or self._last_obs is None
-        answer = super()._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
-        )
-        if begins:
-            observations: Any = self._last_obs
-            tensors: Any = {
-                key: torch.tensor(value, device=self.device) for key, value in observations.items()
-            }
-            starts: Any = torch.ones(self.n_envs, dtype=torch.bool, device=self.device)
-            policy: Any = self.policy
-            self._last_obs, self._last_episode_starts = tensors, starts
-            self._memory = policy.initial_memory(self.n_envs).to(self.device)
-        return answer
-
-    def learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 1,
-        tb_log_name: str = "PPO",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> PPO:
-        """Collects and updates in turn until ``total_timesteps`` frames are done or a callback says stop."""
-        total_timesteps, callback = self._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
-        )
-        self._frames_logged = self.num_timesteps
-        callback.on_training_start(locals(), globals())
-        assert self.env is not None
-        iteration = 0
-        while self.num_timesteps < total_timesteps:
-            if not self.collect_rollouts(self.env, callback, self.rollout_buffer, self.n_steps):
-                break
-            iteration += 1
-            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
-            self.train()
-            if log_interval and iteration % log_interval == 0:
-                self.dump_logs(iteration)
-            if not _after_update(callback):
-                break
-        callback.on_training_end()
-        return self
-
-    def collect_rollouts(  # type: ignore[override]
-        self, env: VecEnv, callback: BaseCallback, rollout_buffer: SequenceBuffer, n_rollout_steps: int
-    ) -> bool:
-        """Fills ``rollout_buffer`` with ``n_rollout_steps`` steps; False if a callback ended it before."""
-        policy: Any = self.policy
-        environment = self._tensor_env
-        assert environment is not None and self._memory is not None
-        observations: Any = self._last_obs
-        starts: Any = self._last_episode_starts
-        imitating = self.phase == "imitation"
-        if not imitating and self.anchor is None and self.imitation.anchor_weight(self.num_timesteps) > 0:
-            self.anchor = Anchor(policy, self._memory)
-        if self.anchor is not None and self.imitation.anchor_weight(self.num_timesteps) == 0:
-            self.anchor = None
-        policy.set_training_mode(False)
-        policy.set_progress(self.num_timesteps, self._total_timesteps)
-        rollout_buffer.start(self._memory)
-        self.episodes_of_rollout = []
-        callback.on_rollout_start()
-        rewards = dones = None
-        for _ in range(n_rollout_steps):
-            with self._stage("policy"), torch.inference_mode():
-                actions, values, log_probs, memory, frozen, _ = policy.act(observations, self._memory, starts)
-                reference = self.anchor.logits(observations, starts, frozen) if self.anchor else None
-            expert = None
-            # A copy made outside inference mode: environments may keep it and change it in place.
-            executed = actions.clone()
-            if imitating:
-                with self._stage("expert"):
-                    expert = environment.expert_actions()
-                    executed = self.mixture.choose(executed, expert, starts, self.num_timesteps)
-            with self._stage("simulate"):
-                result = environment.step(executed)
-            with self._stage("policy"):
-                rollout_buffer.add(
-                    observations,
-                    executed,
-                    result.rewards,
-                    starts,
-                    values,
-                    log_probs,
-                    frozen,
-                    expert_actions=expert,
-                    reference_logits=reference,
-                )
-                if result.final_observations is not None:
-                    # An episode cut short has a future: the critic says what it was worth.
-                    cut = result.truncated.nonzero().flatten()
-                    future = self._values(
-                        result.final_observations, memory[cut], torch.zeros_like(cut, dtype=torch.bool)
-                    )
-                    rollout_buffer.add_to_last_rewards(cut, self.gamma * future)
-            self._memory, observations, starts = memory, result.observations, result.dones
-            self._last_obs, self._last_episode_starts = observations, starts
-            self.num_timesteps += self.n_envs
-            self._remember(result.episodes)
-            rewards, dones = result.rewards, result.dones
-            infos = [{"episode": episode} for episode in result.episodes]
-            callback.update_locals(locals())
-            if not callback.on_step():
-                return False
-        with self._stage("policy"):
-            last_values = self._values(observations, self._memory, starts)
-            rollout_buffer.finish(last_values, starts, self.gamma, self.gae_lambda)
-        callback.update_locals(locals())
-        callback.on_rollout_end()
-        return True
-
-    def _values(self, observations: dict[str, Tensor], memory: Tensor, starts: Tensor) -> Tensor:
-        """The critic's estimates (M,) before a step."""
-        policy: Any = self.policy
-        with torch.inference_mode():
-            answer = policy.act(observations, memory, starts, deterministic=True)
-        return answer[1].clone()
-
-    def _remember(self, episodes: list[dict[str, float]]) -> None:
-        assert self.ep_info_buffer is not None and self.ep_success_buffer is not None
-        for episode in episodes:
-            self.recent_episodes.append(episode)
-            self.episodes_of_rollout.append(episode)
-            self.ep_info_buffer.append(episode)
-            if "success" in episode:
-                self.ep_success_buffer.append(episode["success"])
-
-    def training_state(self) -> dict[str, Any]:
-        """Everything that decides how training goes on, as nested tensors and plain values.
-
-        Meant for the moment between an update and the next rollout: rollouts are not part of it.
-        """
-        assert self._tensor_env is not None
-        return {
-            "frames": self.num_timesteps,
-            "updates": self._n_updates,
-            "policy": self.policy.state_dict(),
-            "optimizer": self.policy.optimizer.state_dict(),
-            "anchor": self.anchor.state_dict() if self.anchor else None,
-            "memory": self._memory,
-            "observations": self._last_obs,
-            "episode_starts": self._last_episode_starts,
-            "expert_acts": self.mixture.expert_acts,
-            "recent_episodes": list(self.recent_episodes),
-            "environment": self._tensor_env.state_dict(),
-            "random": {
-                "minibatches": self.generator.get_state(),
-                "torch": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
-                "numpy": np.random.get_state(),
-                "python": random.getstate(),
-            },
-        }
-
-    def load_training_state(self, state: dict[str, Any]) -> None:
-        """Goes on from :meth:`training_state`; then call ``learn`` with ``reset_num_timesteps=False``.
-
-        Raises KeyError, TypeError, ValueError or RuntimeError if the state is of another agent or
-        environment.
-        """
-        assert self.env is not None
-        self._tensor_env = tensor_env(self.env, self.device)
-        self.policy.load_state_dict(state["policy"])
-        self.policy.optimizer.load_state_dict(state["optimizer"])
-        self.num_timesteps = int(state["frames"])
-        self._n_updates = int(state["updates"])
-        self._memory = state["memory"].to(self.device)
-        self._last_obs = {key: value.to(self.device) for key, value in state["observations"].items()}
-        self._last_episode_starts = state["episode_starts"].to(self.device)
-        self.anchor = None
-        if state["anchor"] is not None:
-            self.anchor = Anchor(self.policy, self._memory)
-            self.anchor.load_state_dict(state["anchor"])
-            self.anchor.memory = self.anchor.memory.to(self.device)
-        self.mixture.expert_acts = state["expert_acts"]
-        self.recent_episodes.clear()
-        self.recent_episodes.extend(state["recent_episodes"])
-        self._tensor_env.load_state_dict(state["environment"])
-        generators = state["random"]
-        self.generator.set_state(generators["minibatches"])
-        torch.set_rng_state(generators["torch"])
-        if self.device.type == "cuda" and generators["cuda"]:
-            torch.cuda.set_rng_state_all(generators["cuda"])
-        np.random.set_state(generators["numpy"])
-        random.setstate(generators["python"])
+        super()._setup_model()
 
     def train(self) -> None:
         """Updates the policy on the newest rollout: by PPO, or by the expert's labels while imitating."""
@@ -503,35 +225,3 @@ class PPO(OnPolicyAlgorithm):
             "was not changed by this minibatch. Lower the learning rate or max_grad_norm, or look for "
             "infinite rewards or observations"
         )
-
-    def dump_logs(self, iteration: int = 0) -> None:
-        """Writes means over the newest episodes, times by stage, and the update's losses."""
-        stages = sum(self.stage_seconds.values())
-        frames = self.num_timesteps - self._frames_logged
-        self._frames_logged = self.num_timesteps
-        self.logger.record("time/frames_per_second", frames / stages if stages > 0 else 0.0)
-        for stage, seconds in self.stage_seconds.items():
-            self.logger.record(f"time/{stage}_seconds", seconds)
-            self.logger.record(f"time/{stage}_share", seconds / stages if stages > 0 else 0.0)
-        self.stage_seconds.clear()
-        phase = "imitation" if self.rollout_buffer.has_expert_actions else "ppo"
-        self.logger.record("rollout/phase", phase, exclude="tensorboard")
-        self.logger.record("rollout/episodes", len(self.episodes_of_rollout))
-        names: dict[str, list[float]] = defaultdict(list)
-        for episode in self.recent_episodes:
-            for name, value in episode.items():
-                names[name].append(value)
-        for name, numbers in names.items():
-            if name not in ("r", "l", "t"):
-                self.logger.record(f"rollout/{name}", sum(numbers) / len(numbers))
-        if names and "reward_sum" not in names:
-            self.logger.record("rollout/reward_sum", sum(names["r"]) / len(names["r"]))
-        self.logger.dump(step=self.num_timesteps)
-
-
-def _after_update(callback: BaseCallback) -> bool:
-    """Tells callbacks that have ``on_update_end`` that an update is done; False if one says stop."""
-    if isinstance(callback, CallbackList):
-        return all([_after_update(child) for child in callback.callbacks])
-    hook = getattr(callback, "on_update_end", None)
-    return True if hook is None else bool(hook())

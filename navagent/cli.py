@@ -352,6 +352,117 @@ def _scenes_show(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _weights(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0] in ("--help", "-h"):
+        print(WEIGHTS_HELP)
+        return 0 if arguments else BAD_INPUT
+    action, rest = arguments[0], arguments[1:]
+    if action not in WEIGHTS_ACTIONS:
+        raise _UsageError(
+            f"weights: there is no action {action!r}{_nearest(action, list(WEIGHTS_ACTIONS))} "
+            f"(actions: {', '.join(WEIGHTS_ACTIONS)}; see `navagent weights --help`)"
+        )
+    parser = _parser(f"weights {action}", *WEIGHTS_ACTIONS[action])
+    if action == "list":
+        parser.add_argument(
+            "words", metavar="WORD", nargs="*", help="show only what these words are found in"
+        )
+    elif action == "show":
+        parser.add_argument("name", metavar="NAME", help="a name that `navagent weights list` shows")
+    elif action == "fetch":
+        parser.add_argument(
+            "names", metavar="NAME", nargs="+", help="names that `navagent weights list` shows"
+        )
+        parser.add_argument(
+            "--offline", action="store_true", help="open no connection: check what was put in place by hand"
+        )
+    else:
+        parser.add_argument("file", metavar="FILE", help="a file" + " or a name" * (action == "verify"))
+    if action == "import":
+        parser.add_argument("--out", metavar="FILE", help="file to write (default: FILE with .safetensors)")
+    options = parser.parse_args(rest)
+    from rich.console import Console
+
+    from navagent import weights_command
+
+    console = Console()
+    if action == "list":
+        weights_command.list_weights(console, options.words)
+    elif action == "show":
+        weights_command.show(console, options.name)
+    elif action == "fetch":
+        progress = Console(stderr=True)
+        complete = weights_command.fetch_weights(progress, options.names, offline=options.offline)
+        return 0 if complete else BAD_INPUT
+    elif action == "import":
+        weights_command.import_weights(console, options.file, options.out)
+    else:
+        found = weights_command.verify(options.file)
+        weights_command.print_findings(console, found)
+        return FAILED if found.faults else 0
+    return 0
+
+
+WEIGHTS_ACTIONS = {
+    "list": (
+        "Shows the published weights that navagent knows: what they are for, their size and licence, and "
+        "which are on this machine.",
+        """
+        navagent weights list
+        navagent weights list taskonomy normals
+        """,
+    ),
+    "show": (
+        "Tells all about some weights: address, hash, licence, what to cite, and the command that uses them.",
+        "navagent weights show dinov2-base",
+    ),
+    "fetch": (
+        "Downloads weights into the cache, checks them, and says where they are. An interrupted download "
+        "goes on where it stopped.",
+        """
+        navagent weights fetch taskonomy-curvature taskonomy-normal
+        navagent weights fetch --offline dinov2-base
+        """,
+    ),
+    "import": (
+        "Rewrites an old pickled weights file (.pth, .dat, .bin) as safetensors. Nothing in it is run, and a "
+        "file that asks for more than tensors is refused.",
+        """
+        navagent weights import curvature_encoder.dat
+        navagent weights import model.pth --out encoder.safetensors
+        """,
+    ),
+    "verify": (
+        "Looks at a weights file: whether it is a published one, readable, finite and trained, and whether "
+        "other names hold the same weights. Exit status 1 where it must not be used.",
+        """
+        navagent weights verify curvature-distilled.pth
+        navagent weights verify taskonomy-normal
+        """,
+    ),
+}
+"""Each action of ``navagent weights`` with what it does and examples."""
+
+WEIGHTS_HELP = """\
+usage: navagent weights list [WORD ...]
+       navagent weights show NAME
+       navagent weights fetch NAME [NAME ...] [--offline]
+       navagent weights import FILE [--out FILE]
+       navagent weights verify FILE
+
+list     the published weights there are, and which are on this machine
+show     all about some weights: address, hash, licence, what to cite
+fetch    download weights into the cache, and check them
+import   rewrite an old pickled file as safetensors, without running what is in it
+verify   look at a file: published, readable, finite, trained, the same as another?
+
+examples:
+  navagent weights fetch taskonomy-curvature
+  navagent train encoder=taskonomy_curvature
+
+`navagent weights fetch --help` and so on tell more."""
+
+
 def _reference(arguments: Sequence[str]) -> int:
     parser = _parser(
         "reference",
@@ -375,6 +486,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "evaluate": (_evaluate, "measure a trained agent, with maps, videos and other agents beside it"),
     "pretrain": (_pretrain, "train a perception encoder on the simulator's ground truth"),
     "scenes": (_scenes, "generate homes to navigate; draw scenes"),
+    "weights": (_weights, "list, fetch, import and check published weights"),
     "reference": (_reference, "hold the simulator against recordings of real Habitat"),
 }
 """Each verb with what runs it and one line on what it is for."""

@@ -164,7 +164,7 @@ def catalogue_path(name: str) -> Path:
         raise CatalogueError(
             f"the weights {name!r} are not on this machine; `navagent weights fetch {name}` gets them"
         )
-    problem = _problem(entry, entry.path)
+    problem = mismatch(entry, entry.path)
     if problem is not None:
         raise CatalogueError(f"{problem}; `navagent weights fetch {name}` sees to it")
     return entry.path
@@ -197,10 +197,10 @@ def fetch(
     entry = find_entry(name)
     path = entry.path
     if path.is_file():
-        problem = _problem(entry, path)
+        problem = mismatch(entry, path)
         if problem is None:
             return Fetched(path, _sha256(path), downloaded=False, trusted=False)
-        if _expected(entry) is None and entry.git_blob is None:
+        if expected_sha256(entry) is None and entry.git_blob is None:
             _check_readable(path)
             return Fetched(path, _record(entry, _sha256(path)), downloaded=False, trusted=True)
         if entry.shipped:
@@ -209,7 +209,7 @@ def fetch(
             notice(f"{problem}; fetching it again")
     if offline or os.environ.get("NAVAGENT_OFFLINE", "0") not in ("", "0"):
         raise DownloadError(f"offline, and the weights {name!r} are not on this machine. {_by_hand(entry)}")
-    expected = _expected(entry)
+    expected = expected_sha256(entry)
     try:
         digest = download(
             entry.url,
@@ -232,13 +232,14 @@ def fetch(
 
 def _by_hand(entry: Entry) -> str:
     size = f"{entry.size} bytes, " if entry.size else ""
+    digest = expected_sha256(entry) or "unknown"
     return (
-        f"Without a network here, get\n  {entry.url}\n  ({size}SHA-256 {_expected(entry) or 'unknown'})\n"
+        f"Without a network here, get\n  {entry.url}\n  ({size}SHA-256 {digest})\n"
         f"elsewhere and put it here:\n  {entry.path}\nThen `navagent weights fetch {entry.name}` checks it"
     )
 
 
-def _expected(entry: Entry) -> str | None:
+def expected_sha256(entry: Entry) -> str | None:
     """The SHA-256 that the file must have: the catalogue's, else the one recorded when it first came."""
     if entry.sha256 is not None:
         return entry.sha256
@@ -264,9 +265,9 @@ def _record(entry: Entry, digest: str) -> str:
     return digest
 
 
-def _problem(entry: Entry, path: Path) -> str | None:
-    """Why a file is not that of an entry, or None if it is."""
-    expected = _expected(entry)
+def mismatch(entry: Entry, path: Path) -> str | None:
+    """Why a file is not that of an entry, or is not known to be; None if it is the right one."""
+    expected = expected_sha256(entry)
     if expected is not None:
         digest = _sha256(path)
         origin = "in the catalogue" if entry.sha256 else f"recorded in {_record_path(entry).name}"
@@ -278,19 +279,19 @@ def _problem(entry: Entry, path: Path) -> str | None:
 
 
 def _check(entry: Entry, part: Path) -> None:
-    """What a fresh download has to pass beyond its SHA-256, in entries that have none.
+    """What a fresh download has to pass where no SHA-256 was published.
 
     Raises:
-        CatalogueError: if it is not the published file.
-        policies.weights.WeightsError: if it is no weights file.
+        CatalogueError: if it is not the published file, or no weights file.
     """
+    if entry.sha256 is not None:
+        return
     if entry.git_blob is not None and _git_blob(part) != entry.git_blob:
         raise CatalogueError(
             f"{entry.url} is not the file that was published: it is git blob {_git_blob(part)}, and should "
             f"be {entry.git_blob}. Nothing was kept of it"
         )
-    if entry.sha256 is None:
-        _check_readable(part)
+    _check_readable(part)
 
 
 def _check_readable(path: Path) -> None:

@@ -33,7 +33,7 @@ from navagent.build import (
 from navagent.config import ConfigError, TrainConfig, to_yaml
 from navagent.learning.imitation import ImitationConfig
 from navagent.learning.ppo import PPO
-from navagent.learning.schedules import LearningRate, PathLengthCurriculum, RateSchedule
+from navagent.learning.schedules import DecaySchedule, LearningRate, PathLengthCurriculum
 from navagent.progress import TrainingProgress, duration
 from navagent.runs import CheckpointError, Run
 
@@ -103,7 +103,7 @@ def make_model(config: TrainConfig, split: Split) -> PPO:
         NavigationPolicy,
         SB3VecEnv(env),
         learning_rate=LearningRate(
-            algorithm.learning_rate, cast(RateSchedule, algorithm.learning_rate_schedule)
+            algorithm.learning_rate, cast(DecaySchedule, algorithm.learning_rate_schedule)
         ),
         n_steps=algorithm.num_steps,
         n_minibatches=algorithm.num_minibatches,

@@ -1,4 +1,4 @@
-"""What changes while training goes on: the learning rate and how far away goals are."""
+"""What changes while training goes on: the learning rate, the clip range and how far away goals are."""
 
 from __future__ import annotations
 
@@ -6,40 +6,77 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-RateSchedule = Literal["constant", "linear", "cosine"]
+DecaySchedule = Literal["constant", "linear", "cosine"]
 
 
 @dataclass(frozen=True)
-class LearningRate:
-    """Learning rate against progress, callable as Stable-Baselines3 wants it.
+class Decay:
+    """A number that falls while training goes on, callable as Stable-Baselines3 wants it.
 
-    >>> LearningRate(1e-3, "linear")(0.25)
-    0.00025
+    >>> Decay(0.2, "linear")(0.25)
+    0.05
     """
 
     initial: float
     """At the start."""
-    schedule: RateSchedule = "constant"
+    schedule: DecaySchedule = "constant"
     """How it falls: not at all, along a line, or along half a cosine."""
     final_fraction: float = 0.0
     """What is left of ``initial`` at the end, 0..1."""
 
     def __post_init__(self) -> None:
         if self.schedule not in ("constant", "linear", "cosine"):
-            raise ValueError(
-                f"learning-rate schedule {self.schedule!r} is not one of constant, linear, cosine"
-            )
+            raise ValueError(f"schedule {self.schedule!r} is not one of constant, linear, cosine")
         if not self.initial > 0:
-            raise ValueError(f"learning rate {self.initial} must be greater than 0")
+            raise ValueError(f"initial value {self.initial} must be greater than 0")
 
     def __call__(self, progress_remaining: float) -> float:
-        """The rate when ``progress_remaining`` goes from 1 at the start to 0 at the end."""
+        """The value when ``progress_remaining`` goes from 1 at the start to 0 at the end."""
         remaining = min(1.0, max(0.0, progress_remaining))
         if self.schedule == "constant":
             return self.initial
         if self.schedule == "cosine":
             remaining = 0.5 * (1.0 - math.cos(math.pi * remaining))
         return self.initial * (self.final_fraction + (1.0 - self.final_fraction) * remaining)
+
+
+@dataclass(frozen=True)
+class LearningRate(Decay):
+    """A learning rate, which may climb before it falls.
+
+    >>> LearningRate(1e-3, "linear", warmup=0.01)(1.0)
+    0.0005
+    """
+
+    warmup: float = 0.0
+    """Share of the training in which the rate climbs from half of ``initial`` to all of it, as in BPS
+    (Shacklett et al. 2021); it falls over the rest."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.warmup < 1.0:
+            raise ValueError(f"warmup {self.warmup} must be at least 0 and less than 1")
+
+    def __call__(self, progress_remaining: float) -> float:
+        """See :meth:`Decay.__call__`."""
+        done = min(1.0, max(0.0, 1.0 - progress_remaining))
+        if done < self.warmup:
+            return self.initial * (0.5 + 0.5 * done / self.warmup)
+        if self.warmup:
+            progress_remaining /= 1.0 - self.warmup
+        return super().__call__(progress_remaining)
+
+
+REFERENCE_BATCH = 256
+"""Frames of a minibatch for which learning rates are stated."""
+
+
+def square_root_scale(batch: int) -> float:
+    """By how much a minibatch of ``batch`` frames raises the learning rate: sqrt(batch / 256), at least 1.
+
+    The rule that You et al. (2020) and BPS (Shacklett et al. 2021) use with Lamb.
+    """
+    return max(1.0, math.sqrt(batch / REFERENCE_BATCH))
 
 
 class PathLengthCurriculum:

@@ -10,20 +10,28 @@
 
 A checkpoint is one safetensors file: arrays as tensors, everything else as JSON in its header. Nothing in it
 is ever executed, so a checkpoint from a stranger is at worst refused.
+
+A process that writes here may be killed at any moment. Every file but the metrics is written beside its place
+and moved there, and a last line of the metrics that was cut short does not count; so there is always either
+the old state or the new one. Metrics are on the disk before the checkpoint that follows them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,7 +61,16 @@ class CheckpointError(RunError):
     """A checkpoint that is missing, broken, not ours, or of another agent."""
 
 
-def pack(state: Any) -> tuple[dict[str, Tensor], Any]:
+class Packed(NamedTuple):
+    """Nested state, copied to the CPU: what happens to the original later does not show in it."""
+
+    tensors: dict[str, Tensor]
+    """Tensors and arrays by their place in the state."""
+    structure: Any
+    """The rest, as JSON can hold it."""
+
+
+def pack(state: Any) -> Packed:
     """Splits nested state into tensors by name and a structure that JSON can hold.
 
     Takes dictionaries, lists, tuples, tensors, numpy arrays, numbers, text, booleans and None.
@@ -80,7 +97,8 @@ def pack(state: Any) -> tuple[dict[str, Tensor], Any]:
             return {"tuple": items} if isinstance(value, tuple) else items
         raise TypeError(f"{name or 'state'}: a {type(value).__name__} cannot be saved in a checkpoint")
 
-    return tensors, walk(state, "")
+    structure = walk(state, "")
+    return Packed(tensors, structure)
 
 
 def unpack(tensors: Mapping[str, Tensor], structure: Any) -> Any:
@@ -103,14 +121,27 @@ def unpack(tensors: Mapping[str, Tensor], structure: Any) -> Any:
     raise ValueError(f"a structure of kind {kind!r} is not one of ours")
 
 
-def write_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
-    """Saves nested ``state`` as one safetensors file, all of it or nothing."""
+def write_checkpoint(path: str | Path, state: dict[str, Any] | Packed) -> None:
+    """Saves nested ``state`` as one safetensors file, all of it or nothing.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk; what was there before still is.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    tensors, structure = pack(state)
+    tensors, structure = state if isinstance(state, Packed) else pack(state)
     header = {"format": FORMAT, "version": str(VERSION), "state": json.dumps(structure)}
-    with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata=header)
+    try:
+        with atomic_write(path) as temporary:
+            save_file(tensors, temporary, metadata=header)
+    except SafetensorError as error:
+        # The library tells of the system's errors by their text alone.
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(path)) from None
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -230,6 +261,38 @@ class Run:
         with atomic_write(self.config_path) as temporary:
             temporary.write_text(config, encoding="utf-8")
 
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keeps other trainings out of the folder, and clears away what a killed one had half written.
+
+        The claim ends with the block or with the process, however that ends. File systems that cannot lock
+        files are trusted to have one training only.
+
+        Raises:
+            RunError: another process trains in this folder.
+        """
+        with (self.path / ".lock").open("a+b", buffering=0) as file:
+            try:
+                # Not flock: a process forked from this one would hold that for ever.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                file.seek(0)
+                owner = file.read(200).decode(errors="replace") or "another process"
+                raise RunError(
+                    f"{self.path}: {owner} is training in this folder; wait for its end, or stop it first"
+                ) from None
+            except OSError:
+                pass
+            with contextlib.suppress(OSError):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {platform.node()}".encode())
+            # In checkpoints/ whatever is hidden: safetensors writes to files with names of its own.
+            leftovers = [*self.checkpoint_dir.glob(".*"), *self.path.glob(".partial-*-metrics.jsonl")]
+            for leftover in [*leftovers, *self.path.glob(".partial-*-config.yaml")]:
+                with contextlib.suppress(OSError):
+                    leftover.unlink()
+            yield
+
     @property
     def config_path(self) -> Path:
         """The resolved settings."""
@@ -261,13 +324,25 @@ class Run:
         return found if isinstance(found, dict) else {}
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Adds one line to the metrics; numbers that are not finite become null, as JSON has none."""
+        """Adds one line to the metrics; numbers that are not finite become null, as JSON has none.
+
+        Raises:
+            OSError: it cannot be written, as on a full disk; the metrics are then as they were before.
+        """
         clean = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
-        with self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(clean) + "\n")
+        line = (json.dumps(clean) + "\n").encode()
+        with self.metrics_path.open("ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                if file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.metrics_path))
+            except BaseException:
+                # Half a line would spoil the next one too.
+                file.truncate(before)
+                raise
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Every whole line of the metrics; a line cut short by a crash is left out."""
@@ -316,9 +391,17 @@ class Run:
             f"{self.path}: no checkpoint {which!r}; there are best, latest and, by frames, {there}"
         )
 
-    def save_checkpoint(self, frames: int, state: dict[str, Any], keep: int = 3) -> Path:
-        """Writes a checkpoint and deletes all but the ``keep`` newest; the best one stays besides."""
+    def save_checkpoint(self, frames: int, state: dict[str, Any] | Packed, keep: int = 3) -> Path:
+        """Writes a checkpoint and deletes all but the ``keep`` newest; the best one stays besides.
+
+        Raises:
+            OSError: it cannot be written, as on a full disk; the checkpoints before are then untouched.
+        """
         path = self.checkpoint_dir / f"{frames:012d}.safetensors"
+        if self.metrics_path.exists():
+            # After a power cut too, no checkpoint should know of updates that the metrics do not.
+            with self.metrics_path.open("rb") as metrics:
+                os.fsync(metrics.fileno())
         write_checkpoint(path, state)
         for old in self.checkpoints()[:-keep]:
             old.unlink()

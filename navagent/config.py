@@ -150,7 +150,8 @@ class EncoderConfig:
         choices=_encoders,
     )
     weights: str = setting(
-        "default", "pre-trained weights: 'default' (shipped for fcn5_small), 'random', or a file"
+        "default",
+        "pre-trained weights: 'default', 'random', a name that `navagent weights list` shows, or a file",
     )
     image_features: int = setting(256, "length of the vector that an image becomes", at_least=1, at_most=8192)
 
@@ -485,8 +486,7 @@ def _check_together(config: TrainConfig) -> None:
             f"sensors.max_depth={config.sensors.max_depth} must be more than sensors.min_depth="
             f"{config.sensors.min_depth}"
         )
-    if config.encoder.weights not in ("default", "random"):
-        _check_file("encoder.weights", config.encoder.weights, ("default", "random"))
+    _check_weights("encoder.weights", config.encoder.weights, ("default", "random"))
     _check_adaptation(config)
     if algorithm.curriculum_end < algorithm.curriculum_start:
         raise ConfigError(
@@ -509,13 +509,20 @@ def _check_adaptation(config: TrainConfig) -> None:
         raise ConfigError(f"adaptation={method}: {error}") from None
     for name, value in options.items():
         if name.endswith("_weights") and value is not None:
-            _check_file(f"adaptation.{name}", value, ())
+            _check_weights(f"adaptation.{name}", value, ())
 
 
-def _check_file(name: str, value: str, words: tuple[str, ...]) -> None:
-    if not Path(value).expanduser().is_file():
-        known = f", nor one of {', '.join(words)}{nearest(value, words)}" if words else ""
-        raise ConfigError(f"{name}={value} is not a file{known}")
+def _check_weights(name: str, value: str, words: tuple[str, ...]) -> None:
+    """Refuses weights that are no file, no name in the catalogue, and none of the words."""
+    from policies.catalogue import catalogue
+
+    known = (*words, *catalogue())
+    if value not in known and not Path(value).expanduser().is_file():
+        also = "".join(f", nor '{word}'" for word in words)
+        raise ConfigError(
+            f"{name}={value} is not a file{also}, nor a name that `navagent weights list` shows"
+            f"{nearest(value, known)}"
+        )
 
 
 def _checked_override(override: str) -> str:

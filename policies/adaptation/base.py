@@ -28,7 +28,7 @@ class AdaptationConfig:
     encoder: str = "fcn5_small"
     """Name of the encoder, see :data:`policies.encoders.ENCODERS`."""
     weights: str = "default"
-    """Pre-trained weights: "default", "random", or the path of a file."""
+    """Pre-trained weights: "default", "random", a name in the catalogue, or the path of a file."""
     channels: int = 3
     """Input channels: 3 for colour, 1 for depth."""
 

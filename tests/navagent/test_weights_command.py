@@ -13,6 +13,7 @@ import torch
 
 import policies.catalogue
 from navagent.cli import BAD_INPUT, FAILED, main
+from navagent.config import ConfigError, load_config
 from navagent.weights_command import size_text, verify
 from policies.catalogue import catalogue
 from policies.encoders import make_encoder
@@ -256,6 +257,15 @@ def test_verify_says_where_there_is_nothing_to_compare_with(cache, capsys):
     assert "as it was when it was fetched first" in verify("dinov2-base").facts["catalogue"]
     save_safetensors(cache / "dinov2-base.safetensors", {"w": torch.zeros(1)})
     assert "recorded in" in verify("dinov2-base").faults[0]
+
+
+def test_settings_take_weights_by_their_name(cache):
+    chosen = ["encoder=resnet44", "encoder.weights=side-tuning-resnet44-cifar"]
+    assert load_config(chosen).encoder.weights == "side-tuning-resnet44-cifar"
+    student = ["adaptation.side_init=distilled", "adaptation.side_encoder=fcn4"]
+    load_config([*chosen, *student, "adaptation.side_weights=side-tuning-cifar-distilled"])
+    with pytest.raises(ConfigError, match=r"nor 'random', nor a name .* did you mean 'dinov2-small'"):
+        load_config(["encoder.weights=dinov2-smal"])
 
 
 def test_sizes_are_for_people():

@@ -19,6 +19,7 @@ from policies.weights import (
     read_weights,
     save_safetensors,
     sha256,
+    tensors_sha256,
     untrained_reason,
 )
 
@@ -79,6 +80,16 @@ def test_reads_a_whole_pickled_module(tmp_path):
     assert torch.equal(read["0.weight"], network[0].weight)
 
 
+def test_reads_a_module_for_several_devices_in_a_checkpoint(tmp_path):
+    # As the authors' CIFAR student is stored: devices, and a module in a module, beside the optimiser.
+    network = nn.DataParallel(nn.Sequential(nn.Conv2d(3, 4, 3)), device_ids=[])
+    network.src_device_obj = torch.device("cpu")
+    torch.save({"epoch": 59, "state_dict": network}, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    checkpoint = read_pth(tmp_path / "w.pth")
+    assert list(checkpoint.tensors) == ["0.weight", "0.bias"]
+    assert torch.equal(checkpoint.tensors["0.weight"], network.module[0].weight)
+
+
 def test_reads_a_published_state_dictionary(weights_dir):
     read = read_pth(weights_dir / "resnet44_cifar.pth").tensors
     assert read["conv1.weight"].shape == (16, 3, 3, 3)
@@ -89,6 +100,22 @@ def test_reads_a_published_module_of_a_missing_package(weights_dir):
     checkpoint = read_pth(weights_dir / "curvature-distilled.pth")
     assert sum(v.numel() for v in checkpoint.tensors.values()) == 921_376
     assert checkpoint.metadata["epoch"] == 0
+
+
+def test_the_hash_of_tensors_does_not_depend_on_how_they_are_stored(tensors, tmp_path):
+    torch.save(tensors, tmp_path / "w.pth")
+    convert_to_safetensors(tmp_path / "w.pth", tmp_path / "w.safetensors")
+    digest = tensors_sha256(tensors)
+    assert tensors_sha256(read_pth(tmp_path / "w.pth").tensors) == digest
+    assert tensors_sha256(read_safetensors(tmp_path / "w.safetensors").tensors) == digest
+    assert tensors_sha256({k: tensors[k] for k in reversed(tensors)}) == digest
+    for other in (
+        {"e": tensors["a"]},
+        {"a": tensors["a"].t()},
+        {"b": tensors["b"].int()},
+        {"d": -tensors["d"]},
+    ):
+        assert tensors_sha256({**tensors, **other}) != digest
 
 
 def test_untrained_published_weights_are_named(weights_dir):

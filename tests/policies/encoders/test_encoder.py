@@ -66,7 +66,7 @@ def test_weights_of_another_width_are_refused_by_shape(network):
 @pytest.mark.parametrize("channels", [3, 1])
 def test_default_weights_are_trained_and_small(channels):
     file = default_weights("fcn5_small", channels)
-    assert file.stat().st_size <= 1_000_000
+    assert file.stat().st_size <= 1_500_000
     shipped = make_encoder("fcn5_small", channels)  # a warning about untrained weights would fail here
     assert all(torch.isfinite(p).all() for p in shipped.parameters())
 

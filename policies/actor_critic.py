@@ -206,11 +206,36 @@ class NavigationPolicy(ActorCriticPolicy):
             values (T, B), log-probabilities of the actions (T, B) or None, entropies (T, B), and logits
             (T, B, num_actions).
         """
+        _, hidden = self.sequence_features(obs, memory, episode_starts, frozen)
+        return self.evaluate_hidden(hidden, actions)
+
+    @property
+    def sequence_dims(self) -> tuple[int, int]:
+        """E and H, the lengths of what :meth:`sequence_features` answers; E is 0 if there are no images."""
+        return self.features_extractor.image_dims, self.memory.features
+
+    def sequence_features(
+        self,
+        obs: Observation,
+        memory: Tensor,
+        episode_starts: Tensor,
+        frozen: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What T steps of B agents look like, (T, B, E), and what memory makes of them, (T, B, H).
+
+        The arguments are those of :meth:`evaluate_sequences`. The first answer is of the images alone.
+        """
         steps, batch = episode_starts.shape
         flat = {name: value.flatten(0, 1) for name, value in obs.items()}
         stored = None if frozen is None else {name: value.flatten(0, 1) for name, value in frozen.items()}
         features = self.features_extractor(flat, stored).reshape(steps, batch, -1)
-        hidden = self.memory.sequence(features, memory, episode_starts)
+        seen = features[..., : self.features_extractor.image_dims]
+        return seen, self.memory.sequence(features, memory, episode_starts)
+
+    def evaluate_hidden(
+        self, hidden: Tensor, actions: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """What :meth:`evaluate_sequences` answers, of the memory's output (T, B, H) and actions (T, B)."""
         logits = self.action_net(hidden)
         log_probs = torch.log_softmax(logits.float(), dim=2)
         entropy = -(log_probs.exp() * log_probs).sum(dim=2)

@@ -186,6 +186,8 @@ class AdaptedExtractor(BaseFeaturesExtractor):
             method = make_adaptation(adaptation, **options)
             self.adaptations[key] = method
             self.heads[key] = TransferHead(method.output_shape(height, width), image_features)
+        self.image_dims = len(self.adaptations) * image_features
+        """How many of the features, the first ones, are of images."""
         for key, sensor in vectors.items():
             self.embeddings[key] = _embedding(key, sensor)
         for module in (*self.heads.modules(), *self.embeddings.modules()):

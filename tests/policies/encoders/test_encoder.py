@@ -63,11 +63,14 @@ def test_weights_of_another_width_are_refused_by_shape(network):
         network.load_tensors(tensors)
 
 
-@pytest.mark.parametrize("channels", [3, 1])
-def test_default_weights_are_trained_and_small(channels):
-    file = default_weights("fcn5_small", channels)
+@pytest.mark.parametrize(
+    ("name", "channels"), [("fcn5_small", 3), ("fcn5_small", 1), ("resnet_small", 3), ("vit_mini", 3)]
+)
+@pytest.mark.filterwarnings("error")
+def test_default_weights_are_trained_and_small(name, channels):
+    file = default_weights(name, channels)
     assert file.stat().st_size <= 1_500_000
-    shipped = make_encoder("fcn5_small", channels)  # a warning about untrained weights would fail here
+    shipped = make_encoder(name, channels)  # a warning about untrained weights fails here
     assert all(torch.isfinite(p).all() for p in shipped.parameters())
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-import signal
-import threading
+import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from rich.console import Console
@@ -34,18 +31,31 @@ from navagent.config import ConfigError, TrainConfig, to_yaml
 from navagent.learning.imitation import ImitationConfig
 from navagent.learning.ppo import PPO
 from navagent.learning.schedules import DecaySchedule, LearningRate, PathLengthCurriculum
+from navagent.preemption import Stopped, StopSignals
 from navagent.progress import TrainingProgress, duration
-from navagent.runs import CheckpointError, Run
+from navagent.runs import CheckpointError, Packed, Run, RunError, pack
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+    from navagent.evaluation.results import EpisodeResult
 
 GEODESIC_STEP = 0.25
 """The curriculum moves in steps of this length [m]."""
+
+KEPT_FROM_SECONDS = 2.0
+"""From this duration of a rollout and its update on, what they began with is kept in memory, so that a signal
+need not wait for their end."""
+
+UNSAVED_MINUTES = 60.0
+"""Training goes on for so long while no checkpoint can be written."""
 
 
 def train(config: TrainConfig, console: Console | None = None) -> Run:
     """Trains an agent as the settings say and leaves a run's folder; with ``resume``, goes on with one.
 
-    Ctrl-C or SIGTERM ends the training after the update in progress, with a checkpoint to resume from. A
-    second Ctrl-C stops at once.
+    Ctrl-C, SIGTERM or SIGUSR1 ends the training with a checkpoint to resume from: after the update in
+    progress, or, where a signal cannot wait so long, as of before it. A second Ctrl-C stops at once.
 
     Args:
         config: The settings.
@@ -53,43 +63,52 @@ def train(config: TrainConfig, console: Console | None = None) -> Run:
 
     Raises:
         KeyboardInterrupt: after Ctrl-C, when everything is saved: who called should stop too.
-        SystemExit: likewise after SIGTERM, with the status that shells expect of it.
+        SystemExit: likewise after SIGTERM, with the status that shells expect of it, 143, and after SIGUSR1
+            with :data:`~navagent.preemption.REQUEUE_STATUS`.
     """
     console = console or Console()
+    with StopSignals(console.print) as stop, contextlib.ExitStack() as stack:
+        return _train(config, console, stop, stack)
+
+
+def _train(config: TrainConfig, console: Console, stop: StopSignals, stack: contextlib.ExitStack) -> Run:
     state: dict[str, Any] | None = None
+    built = config
     if config.resume is not None:
         run = Run(Path(config.resume).expanduser())
-        state = run.load_checkpoint("latest")
+        stack.enter_context(run.claimed())
+        # A run that was killed while its homes were loading has neither, and begins.
+        if run.checkpoints() or run.read_metrics():
+            state = run.load_checkpoint("latest")
+            # All weights are in the checkpoint; the files they started from may be gone.
+            built = without_weight_files(config)
     train_split = load_split(config, config.scenes.train_split)
     val_split = load_split(config, config.scenes.val_split)
-    model = make_model(config, train_split)
-    try:
-        # Not before everything is built: what fails by then should leave no folder behind.
-        if config.resume is None:
-            run = Run.create(_run_dir(config), to_yaml(config))
-        trainer = Trainer(config, run, model, val_split, console)
-        if state is not None:
-            trainer.load(state)
-            # A resumed run may have other settings, such as a longer budget, and its folder says so.
-            run.write_config(to_yaml(dataclasses.replace(config, resume=None)))
-        console.print(plan(config, run, model, train_split, val_split))
-        trainer.train()
-    finally:
-        assert model.env is not None
-        model.env.close()
-    if trainer.stop_signal is None:
+    model = make_model(built, train_split)
+    assert model.env is not None
+    stack.callback(model.env.close)
+    # Not before everything is built: what fails by then should leave no folder behind.
+    if config.resume is None:
+        run = Run.create(_run_dir(config), to_yaml(config))
+        stack.enter_context(run.claimed())
+    trainer = Trainer(config, run, model, val_split, console, stop)
+    if state is not None:
+        trainer.load(state)
+        # A resumed run may have other settings, such as a longer budget, and its folder says so.
+        run.write_config(to_yaml(dataclasses.replace(config, resume=None)))
+    console.print(plan(config, run, model, train_split, val_split))
+    trainer.train()
+    if stop.number is None:
         _conclude(config, run, console)
         return run
     from navagent.evaluation.report import write_report
 
-    write_report(run)
     console.print(
-        f"stopped after {model.num_timesteps:,} frames; go on with\n  navagent train resume={run.path}",
+        f"stopped after {trainer.saved_frames:,} frames; go on with\n  navagent train resume={run.path}",
         soft_wrap=True,
     )
-    if trainer.stop_signal == signal.SIGTERM:
-        raise SystemExit(128 + signal.SIGTERM)
-    raise KeyboardInterrupt
+    write_report(run)
+    raise stop.error()
 
 
 def make_model(config: TrainConfig, split: Split) -> PPO:
@@ -133,8 +152,16 @@ def make_model(config: TrainConfig, split: Split) -> PPO:
 class Trainer(BaseCallback):
     """What happens around the updates: curriculum, evaluation, checkpoints, logs, and stopping."""
 
-    def __init__(self, config: TrainConfig, run: Run, model: PPO, val_split: Split, console: Console) -> None:
-        """``val_split`` holds the episodes to evaluate on."""
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: Run,
+        model: PPO,
+        val_split: Split,
+        console: Console,
+        stop: StopSignals | None = None,
+    ) -> None:
+        """``val_split`` holds the episodes to evaluate on; ``stop`` tells of signals, None of none."""
         super().__init__()
         self.config, self.run, self.console = config, run, console
         self.model: PPO = model
@@ -164,33 +191,49 @@ class Trainer(BaseCallback):
         self.trained_seconds = 0.0
         self.saved_frames = -1
         self.evaluated_frames = 0
-        self.stop_signal: int | None = None
-        """The signal that asked to stop; None while none has."""
-        self._saved_at = time.monotonic()
-        self._clock = time.monotonic()
+        self.stop = stop or StopSignals(console.print)
+        self.resumed = False
+        """Whether this goes on from a checkpoint."""
+        self._saved_at = self._clock = self._begun_at = time.monotonic()
+        self._unsaved_since: float | None = None
+        # What the update in progress began with: frames, and a copy where it may take long.
+        self._begun_frames = -1
+        self._begun: Packed | None = None
+        self._update_seconds = math.inf
 
     def train(self) -> None:
         """Trains to the end, or until a signal or a limit stops it."""
         total = self.config.algorithm.total_frames
         start = self.model.num_timesteps
-        writer = RunWriter(self.run, start)
+        writer = RunWriter(self.run, start if self.resumed else None)
         self.model.set_logger(Logger(None, [writer]))
         self.progress = TrainingProgress(self.console, total, start)
         self.writer = writer
         self._clock = self._saved_at = time.monotonic()
-        with self._stop_on_signals(), self.progress:
+        stopping = self.model.policy.optimizer.register_step_post_hook(lambda *_: self._stop_if_pressed())
+        self.stop.last_resort = self._save_begun
+        given_up = False
+        with self.stop.deferred(), self.progress:
             # A run may have been stopped just when an evaluation was due.
             if self._evaluation_is_due():
                 self.evaluate()
-            if start < total and self.stop_signal is None and not self._out_of_time():
-                self.model.learn(total - start, callback=self, reset_num_timesteps=start == 0)
+            if start < total and self.stop.number is None and not self._out_of_time():
+                try:
+                    self.model.learn(total - start, callback=self, reset_num_timesteps=not self.resumed)
+                except Stopped:
+                    given_up = True
             measured = self.evaluated_frames == self.model.num_timesteps
-            if self.config.evaluation.every_frames and not measured and self.stop_signal is None:
+            if self.config.evaluation.every_frames and not measured and self.stop.number is None:
                 self.evaluate()
             if self._val_env is not None:
                 self._val_env.close()
-            if self.model.num_timesteps != self.saved_frames:
-                self.save()
+            if given_up:
+                with self.stop.saving:
+                    self._save_begun()
+            elif self.model.num_timesteps != self.saved_frames:
+                self.save(last=True)
+            self.stop.last_resort = None
+        stopping.remove()
         writer.close()
 
     def _evaluation_is_due(self) -> bool:
@@ -202,7 +245,36 @@ class Trainer(BaseCallback):
         limit = self.config.algorithm.max_minutes
         return limit > 0 and self.trained_seconds >= 60 * limit
 
+    def _on_rollout_start(self) -> None:
+        if self.saved_frames < 0:
+            # A run that cannot save should fail now, and one that is killed needs nothing but this to go on.
+            self.save(last=True)
+        self._begun_at = time.monotonic()
+        self._begun_frames = self.model.num_timesteps
+        kept = self._update_seconds >= KEPT_FROM_SECONDS and self._begun_frames != self.saved_frames
+        self._begun = pack(self._state()) if kept else None
+
     def _on_step(self) -> bool:
+        self._stop_if_pressed()
+        return True
+
+    def _stop_if_pressed(self) -> None:
+        """Gives up the rollout or update in progress, where a signal cannot wait for its end."""
+        if self.stop.pressing and (self._begun is not None or self._begun_frames == self.saved_frames):
+            raise Stopped(self.stop.status)
+
+    def _save_begun(self) -> bool:
+        """Saves what the update in progress began with; False where that was not kept.
+
+        Whoever calls holds ``stop.saving``.
+        """
+        if self.saved_frames >= self._begun_frames:
+            return True
+        if self._begun is None:
+            return False
+        self.writer.flush()
+        self.run.save_checkpoint(self._begun_frames, self._begun, self.config.checkpoint.keep)
+        self.saved_frames = self._begun_frames
         return True
 
     def _on_rollout_end(self) -> None:
@@ -214,6 +286,7 @@ class Trainer(BaseCallback):
         """Called by the algorithm after each update; False ends the training."""
         frames = self.model.num_timesteps
         self.trained_seconds += time.monotonic() - self._clock
+        self._update_seconds = time.monotonic() - self._begun_at
         if self.curriculum is not None:
             successes = [episode["success"] for episode in self.model.episodes_of_rollout]
             self.curriculum.update(frames, successes)
@@ -223,7 +296,7 @@ class Trainer(BaseCallback):
         self.progress.update(
             self.model.phase, frames, self.writer.newest, left / rate if rate > 0 else math.inf
         )
-        if self._evaluation_is_due() and self.stop_signal is None:
+        if self._evaluation_is_due() and self.stop.number is None:
             self.evaluate()
         elif time.monotonic() - self._saved_at >= 60 * self.config.checkpoint.every_minutes:
             self.save()
@@ -231,7 +304,7 @@ class Trainer(BaseCallback):
         if out_of_time:
             self.progress.say(f"{duration(self.trained_seconds)} of training are over")
         self._clock = time.monotonic()
-        return self.stop_signal is None and not out_of_time
+        return self.stop.number is None and not out_of_time
 
     def _apply_curriculum(self) -> None:
         assert self.curriculum is not None
@@ -241,15 +314,46 @@ class Trainer(BaseCallback):
             self.vector_env.set_max_geodesic(wanted)
 
     def evaluate(self) -> None:
-        """Measures the agent on unseen homes, keeps a checkpoint, and marks it if it is the best so far."""
+        """Measures the agent on unseen homes, and marks the checkpoint if it is the best so far.
+
+        The checkpoint comes first, so that a signal can end the evaluation; it is then done again when the
+        run is resumed.
+        """
+        from navagent.evaluation.metrics import scalars, summarise
+
+        frames = self.model.num_timesteps
+        if frames != self.saved_frames:
+            self.save()
+        self.progress.waiting("evaluation")
+        started = time.monotonic()
+        try:
+            with self.stop.at_once():
+                results = self._measure()
+        except (Stopped, KeyboardInterrupt):
+            return
+        summary = summarise(results)
+        success, spl = summary["success"], summary["spl"]
+        best = spl.mean > self.best_spl
+        self.best_spl = max(self.best_spl, spl.mean)
+        if best and frames == self.saved_frames:
+            # Before the line that says so: whoever is killed in between evaluates again.
+            self.run.mark_best(self.run.checkpoint(frames))
+        self.writer.write_now(frames, {**scalars(summary), "eval/episodes": len(results)})
+        self.evaluated_frames = frames
+        self.progress.say(
+            f"{frames:,} frames: in unseen homes ({len(results)} episodes) success {success.mean:.2f} "
+            f"({success.low:.2f}-{success.high:.2f}), SPL {spl.mean:.2f} ({spl.low:.2f}-{spl.high:.2f}), "
+            f"in {duration(time.monotonic() - started)}" + (", the best so far" if best else "")
+        )
+
+    def _measure(self) -> list[EpisodeResult]:
+        """Results of the evaluation's episodes."""
         from gymnasium.vector import AutoresetMode
 
         from navagent.evaluation.agents import PolicyAgent
         from navagent.evaluation.evaluate import evaluate_agent, spread
-        from navagent.evaluation.metrics import scalars, summarise
 
         settings = self.config.evaluation
-        self.progress.waiting("evaluation")
         episodes = spread(self.val_split.episodes, settings.num_episodes)
         if self._val_env is None:
             self._val_env = make_vector_env(
@@ -260,37 +364,57 @@ class Trainer(BaseCallback):
                 mode="once",
                 autoreset_mode=AutoresetMode.NEXT_STEP,
             )
-        started = time.monotonic()
         agent = PolicyAgent(self.model.policy, deterministic=settings.deterministic)
-        summary = summarise(evaluate_agent(self._val_env, agent, settings.seed))
-        frames = self.model.num_timesteps
-        success, spl = summary["success"], summary["spl"]
-        self.writer.write_now(frames, {**scalars(summary), "eval/episodes": len(episodes)})
-        self.evaluated_frames = frames
-        best = spl.mean > self.best_spl
-        self.best_spl = max(self.best_spl, spl.mean)
-        self.progress.say(
-            f"{frames:,} frames: in unseen homes ({len(episodes)} episodes) success {success.mean:.2f} "
-            f"({success.low:.2f}-{success.high:.2f}), SPL {spl.mean:.2f} ({spl.low:.2f}-{spl.high:.2f}), "
-            f"in {duration(time.monotonic() - started)}" + (", the best so far" if best else "")
-        )
-        checkpoint = self.save()
-        if best:
-            self.run.mark_best(checkpoint)
+        return evaluate_agent(self._val_env, agent, settings.seed)
 
-    def save(self) -> Path:
-        """Writes a checkpoint from which the training goes on exactly."""
-        frames = self.model.num_timesteps
-        state = self.model.training_state() | {
+    def _state(self) -> dict[str, Any]:
+        """Everything that decides how the training goes on."""
+        return self.model.training_state() | {
             "trainer": {
                 "curriculum": self.curriculum.state_dict() if self.curriculum else None,
-                "best_spl": self.best_spl,
                 "trained_seconds": self.trained_seconds,
             }
         }
+
+    def save(self, last: bool = False) -> None:
+        """Writes a checkpoint from which the training goes on exactly.
+
+        Where the disk does not take it, training goes on and tries again when the next one is due: stopping
+        would lose as much. After :data:`UNSAVED_MINUTES` of that, or where it is the ``last`` one, it fails.
+
+        Raises:
+            RunError: it cannot be written, and waiting longer would not help.
+        """
+        frames = self.model.num_timesteps
         self._saved_at = time.monotonic()
-        self.saved_frames = frames
-        return self.run.save_checkpoint(frames, state, self.config.checkpoint.keep)
+        try:
+            with self.stop.saving:
+                self.writer.flush()
+                self.run.save_checkpoint(frames, self._state(), self.config.checkpoint.keep)
+                self.saved_frames = frames
+        except OSError as error:
+            self._not_saved(frames, error, last)
+        else:
+            self._unsaved_since = None
+
+    def _not_saved(self, frames: int, error: OSError, last: bool) -> None:
+        """Reports that the disk did not take a checkpoint; ends the training if that goes on for long."""
+        newest = [f"the newest one is of {int(file.stem):,} frames" for file in self.run.checkpoints()[-1:]]
+        with contextlib.suppress(OSError):
+            newest += [f"{shutil.disk_usage(self.run.path).free / 2**20:,.0f} MB are free there"]
+        report = (
+            f"{self.run.path}: the checkpoint of {frames:,} frames cannot be written: "
+            f"{error.strerror or error} ({'; '.join(newest)})"
+        )
+        now = time.monotonic()
+        self._unsaved_since = now if self._unsaved_since is None else self._unsaved_since
+        if last or now - self._unsaved_since >= 60 * UNSAVED_MINUTES:
+            raise RunError(f"{report}. Make room, then go on with `navagent train resume={self.run.path}`")
+        self.progress.say(
+            f"{report}. Training goes on; the next try is in "
+            f"{duration(60 * self.config.checkpoint.every_minutes)}, and without room it ends after "
+            f"{duration(60 * UNSAVED_MINUTES)}"
+        )
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from what :meth:`save` wrote; takes back the metrics written after it."""
@@ -300,47 +424,30 @@ class Trainer(BaseCallback):
             self.model.load_training_state(state)
             if self.curriculum is not None:
                 self.curriculum.load_state_dict(trainer["curriculum"])
-            self.best_spl = float(trainer["best_spl"])
             self.trained_seconds = float(trainer["trained_seconds"])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise CheckpointError(f"{file}: does not fit the settings of {self.run.path}: {error}") from error
         self.saved_frames = self.model.num_timesteps
+        self.resumed = True
         self.run.truncate_metrics(self.model.num_timesteps)
-        evaluations = [record["frames"] for record in self.run.read_metrics() if "eval/spl" in record]
-        self.evaluated_frames = max(evaluations, default=0)
-
-    @contextmanager
-    def _stop_on_signals(self) -> Iterator[None]:
-        """Turns Ctrl-C and SIGTERM into the wish to stop after the present update."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            if self.stop_signal is not None and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.stop_signal = number
-            self.progress.say("stopping after this update, then saving; Ctrl-C again stops at once")
-
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        evaluations = [record for record in self.run.read_metrics() if "eval/spl" in record]
+        self.evaluated_frames = max((record["frames"] for record in evaluations), default=0)
+        self.best_spl = max((record["eval/spl"] or 0.0 for record in evaluations), default=-1.0)
 
 
 class RunWriter(KVWriter):
     """Sends the logger's numbers to the run's metrics and to TensorBoard."""
 
-    def __init__(self, run: Run, frames: int) -> None:
-        """``frames`` were trained before: what TensorBoard shows after them is hidden."""
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(self, run: Run, frames: int | None) -> None:
+        """``frames`` were trained before by a run that goes on; TensorBoard hides what came after them."""
         self.run = run
         self.newest: dict[str, Any] = {}
         """The newest record."""
-        self._board = SummaryWriter(str(run.tensorboard_dir), purge_step=frames + 1 if frames else None)
+        self._frames = frames
+        self._board: SummaryWriter | None = None
+        # What the disk has not taken yet, for the metrics and for TensorBoard.
+        self._unwritten: list[tuple[int, dict[str, Any]]] = []
+        self._unshown: list[tuple[int, dict[str, Any]]] = []
 
     def write(
         self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0
@@ -351,16 +458,57 @@ class RunWriter(KVWriter):
         self.write_now(step, record)
 
     def write_now(self, frames: int, record: dict[str, Any]) -> None:
-        """Writes one record of numbers and text."""
-        self.run.append_metrics({"frames": frames, **record})
-        for key, value in record.items():
-            if isinstance(value, (int, float)):
-                self._board.add_scalar(key, value, frames)
-        self._board.flush()
+        """Writes one record of numbers and text; what a full disk does not take waits for :meth:`flush`."""
+        self._unwritten.append((frames, record))
+        self._unshown.append((frames, record))
+        with contextlib.suppress(OSError):
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what was not written yet.
+
+        Raises:
+            OSError: the disk does not take it.
+        """
+        while self._unwritten:
+            frames, record = self._unwritten[0]
+            self.run.append_metrics({"frames": frames, **record})
+            del self._unwritten[0]
+        self._show()
+
+    def _show(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        try:
+            if self._board is None:
+                purge = None if self._frames is None else self._frames + 1
+                self._board = SummaryWriter(str(self.run.tensorboard_dir), purge_step=purge)
+            for frames, record in self._unshown:
+                for key, value in record.items():
+                    if isinstance(value, (int, float)):
+                        self._board.add_scalar(key, value, frames)
+            self._board.flush()
+            self._unshown.clear()
+        except OSError:
+            # Its thread has died of the error; another one begins another file.
+            self._board = None
+            raise
 
     def close(self) -> None:
         """Closes TensorBoard's file."""
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def without_weight_files(config: TrainConfig) -> TrainConfig:
+    """The settings of the same network, but none of the files whose weights it started from."""
+    from navagent.evaluation.command import without_files
+
+    return dataclasses.replace(
+        config,
+        encoder=dataclasses.replace(config.encoder, weights="random"),
+        adaptation=without_files(config.adaptation),
+    )
 
 
 def plan(config: TrainConfig, run: Run, model: PPO, train_split: Split, val_split: Split) -> Table:

@@ -31,7 +31,7 @@ def evaluate_agent(
         env: hands out each episode once (``EpisodeSampler(mode="once")``), with next-step autoreset: the last
             step of an episode then shows where it ended.
         agent: who acts.
-        seed: seed of the actions that the agent draws.
+        seed: seed of the actions that the agent draws, and of noise.
         progress: called with the number of finished episodes and of all whenever some finish.
 
     Returns:
@@ -48,7 +48,8 @@ def evaluate_agent(
     episodes = env.sampler.episodes
     results: dict[int, EpisodeResult] = {}
     with torch.random.fork_rng():
-        observations, _ = env.reset()
+        # Seeded, so that noise does not depend on what was evaluated before.
+        observations, _ = env.reset(seed=seed)
         agent.begin(env, seed)
         started = torch.zeros_like(env.active)
         # Poses of all agents before each step, and the step at which each agent's episode started.

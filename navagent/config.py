@@ -486,7 +486,9 @@ def _check_together(config: TrainConfig) -> None:
             f"sensors.max_depth={config.sensors.max_depth} must be more than sensors.min_depth="
             f"{config.sensors.min_depth}"
         )
-    _check_weights("encoder.weights", config.encoder.weights, ("default", "random"))
+    # A checkpoint holds all weights: who goes on from one needs none of the files that they started from.
+    if config.resume is None:
+        _check_weights("encoder.weights", config.encoder.weights, ("default", "random"))
     _check_adaptation(config)
     if algorithm.curriculum_end < algorithm.curriculum_start:
         raise ConfigError(
@@ -508,7 +510,7 @@ def _check_adaptation(config: TrainConfig) -> None:
     except ValueError as error:
         raise ConfigError(f"adaptation={method}: {error}") from None
     for name, value in options.items():
-        if name.endswith("_weights") and value is not None:
+        if config.resume is None and name.endswith("_weights") and value is not None:
             _check_weights(f"adaptation.{name}", value, ())
 
 

@@ -78,3 +78,15 @@ def read_decoder(path: str | Path) -> tuple[Decoder, Checkpoint]:
     except (ValueError, IndexError, RuntimeError) as error:
         raise WeightsError(f"{path}: not a decoder.safetensors of `navagent pretrain` ({error})") from error
     return decoder, checkpoint
+
+
+def decoder_beside(weights: str | Path) -> Path | None:
+    """The file of the decoder that an encoder was trained with, if it lies beside the encoder's weights.
+
+    That is ``decoder.safetensors`` beside ``encoder.safetensors``, as a pre-training leaves them, and
+    ``NAME-decoder.safetensors`` beside ``NAME.safetensors``.
+    """
+    weights = Path(weights)
+    name = "decoder" if weights.stem == "encoder" else f"{weights.stem}-decoder"
+    path = weights.with_name(f"{name}.safetensors")
+    return path if path.is_file() else None

@@ -100,7 +100,8 @@ class SideTransformerBlock(nn.Module):
         self.heads = heads
         self.norm1 = nn.LayerNorm(width)
         self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
+        # Attention is blind to what is added to all keys.
+        self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width)
@@ -331,6 +332,7 @@ def pruned_blocks(
         state: dict[str, Tensor] = {}
         _keep(state, {"norm1": norms[0]}, columns, reduction)
         columns = _keep(state, {"query": query, "key": key, "value": value}, columns, reduction)
+        del state["key.bias"]
         columns = _keep(state, {"out": out}, columns, reduction)
         _keep(state, {"norm2": norms[1]}, columns, reduction)
         columns = _keep(state, {"expand": expand}, columns, reduction)

@@ -72,6 +72,8 @@ class ResidualAdapter(nn.Module):
             else TaskNormalisation(encoder, config.normalisation == "statistics")
         )
         for name, conv in spatial_convolutions(encoder).items():
+            if self.form == "parallel":
+                _tap(conv)
             inputs = conv.in_channels if self.form == "parallel" else conv.out_channels
             self.filters[slot(name)] = nn.Parameter(conv.weight.new_zeros(conv.out_channels, inputs))
 

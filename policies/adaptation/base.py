@@ -114,6 +114,8 @@ class Adaptation(nn.Module, ABC):
     """The method's settings."""
     several_tasks: ClassVar[bool] = True
     """Whether the method keeps what one task learned apart from the next."""
+    recomputed: ClassVar[str] = "its features depend on what learns"
+    """Why :meth:`base_features` gives nothing to store, where it gives nothing; for the log."""
     base: FrozenEncoder
     """The frozen encoder; absent where the method has none."""
 
@@ -236,6 +238,8 @@ class Adaptation(nn.Module, ABC):
 
 class WholeEncoder(Adaptation):
     """What fine-tuning and training from scratch share: an encoder, all of which learns."""
+
+    recomputed: ClassVar[str] = "all of its encoder learns"
 
     @property
     def network(self) -> TrainableEncoder:

@@ -185,6 +185,7 @@ class HierarchicalSideTuning(Adaptation):
     """
 
     config_class: ClassVar[type[AdaptationConfig]] = HierarchicalSideTuningConfig
+    recomputed: ClassVar[str] = "its tokens learn, and pass through the base's blocks"
     config: HierarchicalSideTuningConfig
 
     def __init__(self, config: HierarchicalSideTuningConfig, base: Encoder | None = None) -> None:

@@ -217,6 +217,7 @@ class Ladder(Adaptation):
     """A frozen base and a narrow side network that takes a tap from its blocks."""
 
     config_class: ClassVar[type[AdaptationConfig]] = LadderConfig
+    recomputed: ClassVar[str] = "store_taps is off"
     config: LadderConfig
 
     def __init__(self, config: LadderConfig, base: Encoder | None = None) -> None:

@@ -143,6 +143,7 @@ class LoRA(Adaptation):
     """A frozen network with low-rank updates of its linear and convolutional layers."""
 
     config_class: ClassVar[type[AdaptationConfig]] = LoRAConfig
+    recomputed: ClassVar[str] = "its matrices change what the layers compute"
     config: LoRAConfig
 
     def __init__(self, config: LoRAConfig, base: Encoder | None = None) -> None:

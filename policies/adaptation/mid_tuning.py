@@ -42,6 +42,7 @@ class MidTuning(FineTuning):
     """
 
     config_class: ClassVar[type[AdaptationConfig]] = MidTuningConfig
+    recomputed: ClassVar[str] = "all of its encoder learns by now"
     config: MidTuningConfig
     unfrozen: Tensor
     """Whether the encoder learns: () bool."""

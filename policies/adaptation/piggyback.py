@@ -200,6 +200,7 @@ class Piggyback(Adaptation):
     """
 
     config_class: ClassVar[type[AdaptationConfig]] = PiggybackConfig
+    recomputed: ClassVar[str] = "its masks change what the layers compute"
     config: PiggybackConfig
 
     def __init__(self, config: PiggybackConfig, base: Encoder | None = None) -> None:

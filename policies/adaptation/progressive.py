@@ -160,6 +160,7 @@ class Progressive(Adaptation):
     """
 
     config_class: ClassVar[type[AdaptationConfig]] = ProgressiveConfig
+    recomputed: ClassVar[str] = "store_taps is off"
     config: ProgressiveConfig
 
     def __init__(self, config: ProgressiveConfig, base: Encoder | None = None) -> None:

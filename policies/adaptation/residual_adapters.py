@@ -120,6 +120,7 @@ class ResidualAdapters(Adaptation):
     """
 
     config_class: ClassVar[type[AdaptationConfig]] = ResidualAdaptersConfig
+    recomputed: ClassVar[str] = "its adapters lie between the base's layers"
     config: ResidualAdaptersConfig
 
     def __init__(self, config: ResidualAdaptersConfig, base: Encoder | None = None) -> None:

@@ -188,6 +188,7 @@ class SideTuning(Adaptation):
     """
 
     config_class: ClassVar[type[AdaptationConfig]] = SideTuningConfig
+    recomputed: ClassVar[str] = "without the base, all that is left learns"
     config: SideTuningConfig
 
     def __init__(

@@ -125,6 +125,7 @@ class SpotTune(Adaptation):
     """
 
     config_class: ClassVar[type[AdaptationConfig]] = SpotTuneConfig
+    recomputed: ClassVar[str] = "what learns chooses the routes"
     config: SpotTuneConfig
 
     def __init__(self, config: SpotTuneConfig, base: Encoder | None = None) -> None:

@@ -136,6 +136,7 @@ class Superposition(Adaptation):
     """
 
     config_class: ClassVar[type[AdaptationConfig]] = SuperpositionConfig
+    recomputed: ClassVar[str] = "all of its encoder learns"
     config: SuperpositionConfig
 
     def __init__(self, config: SuperpositionConfig, base: Encoder | None = None) -> None:

@@ -189,6 +189,11 @@ class AlgorithmConfig:
     num_envs: int = setting(32, "agents that act side by side", at_least=1, at_most=65536)
     num_steps: int = setting(64, "steps of every agent in one rollout", at_least=1, at_most=65536)
     num_minibatches: int = setting(8, "parts that a rollout is learned in", at_least=1)
+    feature_dtype: str = setting(
+        "float32",
+        "how a rollout stores frozen features; 16 bits halve their memory, and round them",
+        choices=("float32", "float16", "bfloat16"),
+    )
     epochs: int = setting(2, "passes over a rollout", at_least=1, at_most=1000)
     learning_rate: float = setting(7e-4, "Adam's step size", above=0, at_most=1)
     learning_rate_schedule: str = setting(

@@ -134,6 +134,7 @@ def make_model(config: TrainConfig, split: Split) -> PPO:
         vf_coef=algorithm.vf_coef,
         max_grad_norm=algorithm.max_grad_norm,
         target_kl=algorithm.target_kl,
+        feature_dtype=getattr(torch, algorithm.feature_dtype),
         imitation=ImitationConfig(
             frames=algorithm.imitation_frames,
             mixing_fraction=algorithm.imitation_mixing,

@@ -22,8 +22,12 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
+from navagent.distributed import RankLost, Ranks, Stragglers
 from navagent.learning.imitation import Anchor, ExpertMixture, ImitationConfig
 from navagent.learning.rollout import SequenceBuffer, TensorEnv, tensor_env
+
+_AGENTS_LISTED = 16
+"""So many agents' whereabouts are told one by one."""
 
 _POLICY_METHODS = ("initial_memory", "act", "evaluate_sequences", "penalty", "metrics", "set_progress")
 
@@ -33,8 +37,8 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
 
     The policy class must be a Stable-Baselines3 policy that also has ``initial_memory``, ``act``,
     ``evaluate_sequences``, ``penalty``, ``metrics`` and ``set_progress``, as
-    :class:`policies.actor_critic.NavigationPolicy` has. A subclass sets ``feature_dtype`` and ``imitation``
-    before it calls the constructor of :class:`OnPolicyAlgorithm`.
+    :class:`policies.actor_critic.NavigationPolicy` has. A subclass sets the attributes below before it calls
+    the constructor of :class:`OnPolicyAlgorithm`.
     """
 
     policy_aliases: ClassVar[dict[str, Any]] = {}
@@ -43,6 +47,10 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
     """How frozen features are stored."""
     imitation: ImitationConfig
     """The expert's part."""
+    ranks: Ranks
+    """The processes that learn together, each with as many environments."""
+    sync_frac: float
+    """Share of the ranks whose finished rollouts end those of the others."""
 
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
@@ -60,16 +68,25 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
             )
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
-        self.rollout_buffer = SequenceBuffer(self.n_steps, self.n_envs, self.device, self.feature_dtype)
+        self.stragglers = Stragglers(self.ranks, self.sync_frac, self.n_steps)
+        self.rollout_buffer = SequenceBuffer(
+            self.n_steps,
+            self.n_envs,
+            self.device,
+            self.feature_dtype,
+            first_env=self.ranks.rank * self.n_envs,
+            total_envs=self.ranks.size * self.n_envs,
+        )
         self.policy = self.policy_class(  # type: ignore[assignment]
             self.observation_space, self.action_space, self.lr_schedule, **self.policy_kwargs
         ).to(self.device)
+        self.ranks.copy_from_first(self.policy)
         self.generator = torch.Generator().manual_seed(0 if self.seed is None else self.seed)
         """Draws the order of environments in minibatches and who acts while imitating."""
         assert isinstance(self.action_space, spaces.Discrete)
         # PointNav's STOP is action 0 of four; with three actions stopping is automatic.
         stop_action = 0 if self.action_space.n == 4 else None
-        self.mixture = ExpertMixture(self.imitation, self.n_envs, stop_action, self.generator)
+        self.mixture = ExpertMixture(self.imitation, self.n_envs, stop_action, self.generator, self.ranks)
         self.anchor: Anchor | None = None
         self.stage_seconds: dict[str, float] = defaultdict(float)
         """Time spent since the last log, by stage: simulate, expert, policy, update [s]."""
@@ -84,6 +101,8 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
     def _excluded_save_params(self) -> list[str]:
         return [
             *super()._excluded_save_params(),
+            "ranks",
+            "stragglers",
             "generator",
             "mixture",
             "anchor",
@@ -153,11 +172,12 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         assert self.env is not None
         iteration = 0
         while self.num_timesteps < total_timesteps:
-            if not self.collect_rollouts(self.env, callback, self.rollout_buffer, self.n_steps):
-                break
-            iteration += 1
-            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
-            self.train()
+            with self._located():
+                if not self.collect_rollouts(self.env, callback, self.rollout_buffer, self.n_steps):
+                    break
+                iteration += 1
+                self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+                self.train()
             if log_interval and iteration % log_interval == 0:
                 self.dump_logs(iteration)
             if not _after_update(callback):
@@ -168,7 +188,10 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
     def collect_rollouts(  # type: ignore[override]
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: SequenceBuffer, n_rollout_steps: int
     ) -> bool:
-        """Fills ``rollout_buffer`` with ``n_rollout_steps`` steps; False if a callback ended it before."""
+        """Fills ``rollout_buffer`` with ``n_rollout_steps`` steps; False if a callback ended it before.
+
+        It gets fewer steps where the other ranks are done and wait.
+        """
         policy: Any = self.policy
         environment = self._tensor_env
         assert environment is not None and self._memory is not None
@@ -183,11 +206,17 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         policy.set_progress(self.num_timesteps, self._total_timesteps)
         rollout_buffer.start(self._memory)
         self.episodes_of_rollout = []
+        ended: list[list[dict[str, float]]] = []
+        frames_before = self.num_timesteps
         callback.on_rollout_start()
+        self._tell_whereabouts()
+        self.stragglers.begin()
         rewards = dones = None
-        for _ in range(n_rollout_steps):
+        for step in range(n_rollout_steps):
+            if self.stragglers.must_stop(step):
+                break
             with self._stage("policy"), torch.inference_mode():
-                actions, values, log_probs, memory, frozen, _ = policy.act(observations, self._memory, starts)
+                actions, values, log_probs, memory, frozen = self._act(observations, self._memory, starts)
                 reference = self.anchor.logits(observations, starts, frozen) if self.anchor else None
             expert = None
             # A copy made outside inference mode: environments may keep it and change it in place.
@@ -219,8 +248,11 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
                     rollout_buffer.add_to_last_rewards(cut, self.gamma * future)
             self._memory, observations, starts = memory, result.observations, result.dones
             self._last_obs, self._last_episode_starts = observations, starts
-            self.num_timesteps += self.n_envs
-            self._remember(result.episodes)
+            # As if every rank were as far; it is counted exactly when the rollout is over.
+            self.num_timesteps += self.n_envs * self.ranks.size
+            if self.ranks.size == 1:
+                self._remember(result.episodes)
+            ended.append(result.episodes)
             rewards, dones = result.rewards, result.dones
             infos = [{"episode": episode} for episode in result.episodes]
             callback.update_locals(locals())
@@ -229,9 +261,90 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         with self._stage("policy"):
             last_values = self._values(observations, self._memory, starts)
             rollout_buffer.finish(last_values, starts, self.gamma, self.gae_lambda)
+        if self.ranks.size > 1:
+            self.stragglers.done()
+            with self._stage("wait"):
+                self._meet(frames_before, ended)
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
+
+    def _act(
+        self, observations: dict[str, Tensor], memory: Tensor, starts: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Actions, values, log-probabilities, memory and frozen features of one step.
+
+        Several ranks draw actions from random numbers that they draw together, as one process with the agents
+        of all of them would.
+        """
+        policy: Any = self.policy
+        if self.ranks.size == 1:
+            actions, values, log_probs, memory, frozen, _ = policy.act(observations, memory, starts)
+            return actions, values, log_probs, memory, frozen
+        _, values, _, memory, frozen, logits = policy.act(observations, memory, starts, deterministic=True)
+        log_probs = torch.log_softmax(logits.float(), dim=1)
+        everyone = (self.ranks.size * len(logits), logits.shape[1])
+        # What torch.multinomial does, so that one process and several draw the same.
+        noise = self.ranks.rows(torch.empty(everyone, device=logits.device).exponential_())
+        actions = (log_probs.exp() / noise).argmax(dim=1)
+        return actions, values, log_probs.gather(1, actions[:, None])[:, 0], memory, frozen
+
+    def _meet(self, frames_before: int, ended: list[list[dict[str, float]]]) -> None:
+        """At the end of a rollout, lets all ranks know what they have done together.
+
+        ``ended`` holds the measures of the episodes that ended in each step.
+        """
+        ranks = self.ranks
+        steps = [0.0] * ranks.size
+        steps[ranks.rank] = len(ended)
+        steps = ranks.largest(steps)
+        self.num_timesteps = frames_before + self.n_envs * int(sum(steps))
+        # The rank that drew most is the one whose random numbers nobody has used yet.
+        ranks.align_random(self.generator, self.device, steps.index(max(steps)))
+        # In the order in which one process would have seen them.
+        everyones = ranks.gather(ended)
+        together = [
+            episode
+            for step in range(int(max(steps)))
+            for rank in everyones
+            for episode in (rank[step] if step < len(rank) else [])
+        ]
+        self._remember(ranks.broadcast(together))
+        self.logger.record("rollout/cut_short", sum(number < self.n_steps for number in steps) / ranks.size)
+
+    def _whereabouts(self) -> str:
+        """Where this process's agents are, as far as their environment can tell."""
+        env = getattr(self._tensor_env, "env", None)
+        place = f"after {self.num_timesteps:,} frames"
+        if self.ranks.size > 1:
+            place = f"rank {self.ranks.rank} of {self.ranks.size}, {place}"
+        if not hasattr(env, "current_episodes"):
+            return place
+        agents = [
+            f"agent {agent}: {env.sampler.episodes[episode].scene_id} episode "
+            f"{env.sampler.episodes[episode].episode_id}"
+            for agent, episode in enumerate(env.current_episodes())
+            if episode >= 0
+        ]
+        listed = agents[:_AGENTS_LISTED]
+        if len(agents) > len(listed):
+            listed.append(f"and {len(agents) - len(listed):,} more")
+        return f"{place}, its agents in\n  " + "\n  ".join(listed)
+
+    def _tell_whereabouts(self) -> None:
+        if self.ranks.size > 1:
+            self.ranks.tell(f"its last rollout began {self._whereabouts()}")
+
+    @contextmanager
+    def _located(self) -> Iterator[None]:
+        """Lets an unforeseen error say where the agents were."""
+        try:
+            yield
+        except (FloatingPointError, RankLost):
+            raise
+        except Exception as error:
+            error.add_note(self._whereabouts())
+            raise
 
     def _values(self, observations: dict[str, Tensor], memory: Tensor, starts: Tensor) -> Tensor:
         """The critic's estimates (M,) before a step."""
@@ -252,20 +365,16 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
     def training_state(self) -> dict[str, Any]:
         """Everything that decides how training goes on, as nested tensors and plain values.
 
-        Meant for the moment between an update and the next rollout: rollouts are not part of it.
+        Meant for the moment between an update and the next rollout: rollouts are not part of it. All ranks
+        call it together; rank 0 gets the state of all of them, the others only their own.
         """
         assert self._tensor_env is not None
-        return {
-            "frames": self.num_timesteps,
-            "updates": self._n_updates,
-            "policy": self.policy.state_dict(),
-            "optimizer": self.policy.optimizer.state_dict(),
-            "anchor": self.anchor.state_dict() if self.anchor else None,
+        own = {
             "memory": self._memory,
             "observations": self._last_obs,
             "episode_starts": self._last_episode_starts,
             "expert_acts": self.mixture.expert_acts,
-            "recent_episodes": list(self.recent_episodes),
+            "anchor_memory": self.anchor.memory if self.anchor else None,
             "environment": self._tensor_env.state_dict(),
             "random": {
                 "minibatches": self.generator.get_state(),
@@ -275,14 +384,30 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
                 "python": random.getstate(),
             },
         }
+        return {
+            "frames": self.num_timesteps,
+            "updates": self._n_updates,
+            "policy": self.policy.state_dict(),
+            "optimizer": self.policy.optimizer.state_dict(),
+            "anchor": self.anchor.state_dict() if self.anchor else None,
+            "recent_episodes": list(self.recent_episodes),
+            "ranks": self.ranks.gather(own),
+        }
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Goes on from :meth:`training_state`; then call ``learn`` with ``reset_num_timesteps=False``.
 
         Raises KeyError, TypeError, ValueError or RuntimeError if the state is of another agent or
-        environment.
+        environment, or of another number of ranks.
         """
         assert self.env is not None
+        if len(state["ranks"]) != self.ranks.size:
+            before = len(state["ranks"])
+            raise ValueError(
+                f"it is the state of {before} process{'es' * (before > 1)}, and this run has "
+                f"{self.ranks.size}; start it with {before} (torchrun --nproc-per-node={before})"
+            )
+        state = state | state["ranks"][self.ranks.rank]
         self._tensor_env = tensor_env(self.env, self.device)
         self.policy.load_state_dict(state["policy"])
         self.policy.optimizer.load_state_dict(state["optimizer"])
@@ -295,10 +420,14 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         if state["anchor"] is not None:
             self.anchor = Anchor(self.policy, self._memory)
             self.anchor.load_state_dict(state["anchor"])
-            self.anchor.memory = self.anchor.memory.to(self.device)
+            self.anchor.memory = state["anchor_memory"].to(self.device)
         self.mixture.expert_acts = state["expert_acts"]
         self.recent_episodes.clear()
         self.recent_episodes.extend(state["recent_episodes"])
+        # Stable-Baselines3's own windows, for callbacks that look into them.
+        window, episodes = self._stats_window_size, state["recent_episodes"]
+        self.ep_info_buffer = deque(episodes, maxlen=window)
+        self.ep_success_buffer = deque((e["success"] for e in episodes if "success" in e), maxlen=window)
         self._tensor_env.load_state_dict(state["environment"])
         generators = state["random"]
         self.generator.set_state(generators["minibatches"])

@@ -211,6 +211,19 @@ def make_vector_env(
     )
 
 
+def check_weights(config: TrainConfig) -> None:
+    """Raises where default weights are missing, before homes are made; files were looked for already."""
+    from policies.encoders import default_weights
+
+    if config.adaptation.name == "scratch" or config.encoder.weights != "default":
+        return
+    for camera in cameras(config):
+        try:
+            default_weights(config.encoder.name, 3 if camera.kind == "rgb" else 1)
+        except ValueError as error:
+            raise ConfigError(f"encoder={config.encoder.name}: {error}") from None
+
+
 def policy_settings(config: TrainConfig) -> dict[str, Any]:
     """Keyword arguments of :class:`policies.actor_critic.NavigationPolicy`."""
     # "default" leaves it to the method: training from scratch starts from random weights.

@@ -22,6 +22,7 @@ from envs.vector_env import PointNavVectorEnv
 from navagent.build import (
     Split,
     cameras,
+    check_weights,
     load_split,
     make_vector_env,
     policy_settings,
@@ -82,6 +83,8 @@ def _train(config: TrainConfig, console: Console, stop: StopSignals, stack: cont
             state = run.load_checkpoint("latest")
             # All weights are in the checkpoint; the files they started from may be gone.
             built = without_weight_files(config)
+    else:
+        check_weights(config)
     train_split = load_split(config, config.scenes.train_split)
     val_split = load_split(config, config.scenes.val_split)
     model = make_model(built, train_split)

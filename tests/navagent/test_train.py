@@ -272,3 +272,12 @@ def test_progress_in_words():
     assert duration(3725) == "1:02:05"
     record = {"rollout/success": 0.5, "rollout/spl": 0.25, "rollout/max_geodesic": 7.5}
     assert measures_line(record) == "success 0.50  SPL 0.25  paths to 8 m"
+
+
+def test_weights_that_were_not_fetched_are_named_before_homes_are_made(tmp_path, monkeypatch):
+    monkeypatch.setenv("NAVAGENT_CACHE", str(tmp_path))
+    config = load_config(["encoder=dinov2_small", f"run_dir={tmp_path / 'run'}"])
+    with pytest.raises(ConfigError, match="navagent weights fetch dinov2-small"):
+        train(config, Console(quiet=True))
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "homes").exists()

@@ -209,6 +209,18 @@ def test_a_parallel_adapter_is_a_1x1_convolution_of_the_same_stride(kernel, stri
     torch.testing.assert_close(method(image), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_an_adapter_in_series_takes_the_bias_too():
+    torch.manual_seed(0)
+    base = OneConv(3, 2, 1, 1).eval()
+    method = ResidualAdapters(ResidualAdaptersConfig(form="series"), base)
+    filters = method.adapter.filters["conv"]
+    filters.data = torch.randn(5, 5)
+    with torch.no_grad():
+        y = base(base.preprocess(images()))
+        expected = y + F.conv2d(y, filters[:, :, None, None])
+    torch.testing.assert_close(method(images()), expected, rtol=1e-5, atol=1e-5)
+
+
 def computed_apart(encoder, adapter, form, image):
     """Features with adapters that run behind or beside their convolutions, and the task's normalisation."""
     encoder = copy.deepcopy(encoder)

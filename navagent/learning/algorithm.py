@@ -22,7 +22,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from navagent.distributed import RankLost, Ranks, Stragglers
+from navagent.distributed import RankLostError, Ranks, Stragglers
 from navagent.learning.imitation import Anchor, ExpertMixture, ImitationConfig
 from navagent.learning.rollout import SequenceBuffer, TensorEnv, tensor_env
 
@@ -314,7 +314,7 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
 
     def _whereabouts(self) -> str:
         """Where this process's agents are, as far as their environment can tell."""
-        env = getattr(self._tensor_env, "env", None)
+        env: Any = getattr(self._tensor_env, "env", None)
         place = f"after {self.num_timesteps:,} frames"
         if self.ranks.size > 1:
             place = f"rank {self.ranks.rank} of {self.ranks.size}, {place}"
@@ -340,7 +340,7 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         """Lets an unforeseen error say where the agents were."""
         try:
             yield
-        except (FloatingPointError, RankLost):
+        except (FloatingPointError, RankLostError):
             raise
         except Exception as error:
             error.add_note(self._whereabouts())

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from navagent.distributed import Ranks
 from navagent.learning.rollout import SequenceBatch
 
 
@@ -85,10 +86,19 @@ class ExpertMixture:
     """Decides at each step whether the expert or the learner acts, environment by environment."""
 
     def __init__(
-        self, config: ImitationConfig, num_envs: int, stop_action: int | None, generator: torch.Generator
+        self,
+        config: ImitationConfig,
+        num_envs: int,
+        stop_action: int | None,
+        generator: torch.Generator,
+        ranks: Ranks | None = None,
     ) -> None:
-        """``stop_action`` is the index of STOP, None if there is none; ``generator`` is on the CPU."""
+        """``stop_action`` is the index of STOP, None if there is none; ``generator`` is on the CPU.
+
+        Of ``ranks``, each has ``num_envs`` environments.
+        """
         self.config = config
+        self.ranks = ranks or Ranks()
         self.num_envs = num_envs
         self.stop_action = stop_action
         self.generator = generator
@@ -97,8 +107,9 @@ class ExpertMixture:
     def choose(self, actions: Tensor, expert: Tensor, episode_starts: Tensor, frames: int) -> Tensor:
         """What is carried out, (N,) int64, given what learner and expert want to do, each (N,) int64."""
         share = self.config.expert_share(frames)
-        drawn = torch.rand(self.num_envs, generator=self.generator) < share
-        over = torch.rand(self.num_envs, generator=self.generator) < 1.0 / self.config.segment_steps
+        everyone = self.num_envs * self.ranks.size
+        drawn = self.ranks.rows(torch.rand(everyone, generator=self.generator)) < share
+        over = self.ranks.rows(torch.rand(everyone, generator=self.generator)) < 1 / self.config.segment_steps
         alone = self.config.learner_alone(frames)
         redraw = episode_starts.cpu() | over | alone
         self.expert_acts = torch.where(redraw, drawn, self.expert_acts)
@@ -120,17 +131,27 @@ def inflection_weights(expert: Tensor, episode_starts: Tensor, weight: float) ->
 
 
 def imitation_loss(
-    logits: Tensor, expert: Tensor, episode_starts: Tensor, inflection_weight: float
+    logits: Tensor,
+    expert: Tensor,
+    episode_starts: Tensor,
+    inflection_weight: float,
+    ranks: Ranks | None = None,
+    samples: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Inflection-weighted cross-entropy, and the share of steps at which the likeliest action is the
     expert's.
 
     ``logits`` (T, B, A), ``expert`` (T, B) int64, ``episode_starts`` (T, B) bool; both results are scalars.
+    Of several ``ranks``, ``samples`` of whose steps count, the mean of the losses, weighted by samples, is
+    the loss of all their steps together.
     """
     weights = inflection_weights(expert, episode_starts, inflection_weight)
     losses = functional.cross_entropy(logits.flatten(0, 1), expert.flatten(), reduction="none")
     agreement = (logits.detach().argmax(-1) == expert).float().mean()
-    return (losses * weights.flatten()).sum() / weights.sum(), agreement
+    steps = weights.numel()
+    counts = torch.stack((weights.sum(), weights.new_tensor(steps)))
+    whole, everyone = (ranks or Ranks()).sum(counts * 0 if samples == 0 else counts)
+    return (losses * weights.flatten()).sum() / (whole * (steps / everyone)), agreement
 
 
 def divergence(reference_logits: Tensor, logits: Tensor) -> Tensor:
@@ -178,16 +199,22 @@ class Anchor:
 
 
 def imitation_objective(
-    logits: Tensor, values: Tensor, batch: SequenceBatch, config: ImitationConfig, vf_coef: float
+    logits: Tensor,
+    values: Tensor,
+    batch: SequenceBatch,
+    config: ImitationConfig,
+    vf_coef: float,
+    ranks: Ranks | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of one minibatch in the imitation phase, and what to log: labels plus the critic's regression.
 
-    ``logits`` (T, B, A) and ``values`` (T, B) are the policy's; ``batch`` carries the expert's actions.
+    ``logits`` (T, B, A) and ``values`` (T, B) are the policy's; ``batch`` carries the expert's actions. Of
+    several ``ranks``, each brings its part of the minibatch.
     """
     if batch.expert_actions is None:
         raise ValueError("this rollout carries no expert actions: collect it with an expert")
     action_loss, agreement = imitation_loss(
-        logits, batch.expert_actions, batch.episode_starts, config.inflection_weight
+        logits, batch.expert_actions, batch.episode_starts, config.inflection_weight, ranks, batch.samples
     )
     value_loss = functional.mse_loss(values, batch.returns)
     return action_loss + vf_coef * value_loss, {

@@ -20,6 +20,7 @@ from stable_baselines3.common.utils import FloatSchedule
 from torch import Tensor
 from torch.nn import functional
 
+from navagent.distributed import Ranks
 from navagent.learning.algorithm import SequenceAlgorithm
 from navagent.learning.imitation import ImitationConfig, divergence, imitation_objective
 from navagent.learning.rollout import SequenceBatch
@@ -54,6 +55,8 @@ class PPO(SequenceAlgorithm):
         target_kl: float | None = None,
         feature_dtype: torch.dtype = torch.float32,
         imitation: ImitationConfig | None = None,
+        ranks: Ranks | None = None,
+        sync_frac: float = 0.6,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -72,6 +75,8 @@ class PPO(SequenceAlgorithm):
             n_minibatches: Into how many groups of environments a rollout is split.
             feature_dtype: How frozen features are stored.
             imitation: The expert's part; None for none.
+            ranks: The processes that learn together, each with environments of its own; this one if None.
+            sync_frac: When this share of the ranks has its rollout, the others stop theirs early.
         """
         self.n_minibatches = n_minibatches
         self.n_epochs = n_epochs
@@ -81,6 +86,8 @@ class PPO(SequenceAlgorithm):
         self.target_kl = target_kl
         self.feature_dtype = feature_dtype
         self.imitation = imitation or ImitationConfig()
+        self.ranks = ranks or Ranks()
+        self.sync_frac = sync_frac
         super().__init__(
             policy,
             env,
@@ -108,9 +115,10 @@ class PPO(SequenceAlgorithm):
             ("n_minibatches", self.n_minibatches),
             ("imitation num_minibatches", self.imitation.num_minibatches),
         ):
-            if count is not None and not 1 <= count <= self.n_envs:
+            everyone = self.n_envs * self.ranks.size
+            if count is not None and not 1 <= count <= everyone:
                 raise ValueError(
-                    f"{name} {count} must lie between 1 and the number of environments, {self.n_envs}"
+                    f"{name} {count} must lie between 1 and the number of environments, {everyone}"
                 )
         self.clip_range = FloatSchedule(self.clip_range)
         if self.clip_range_vf is not None:
@@ -140,12 +148,15 @@ class PPO(SequenceAlgorithm):
                     batch.observations, batch.actions, batch.memory, batch.episode_starts, batch.frozen
                 )
                 if imitating:
-                    loss, record = imitation_objective(logits, values, batch, self.imitation, self.vf_coef)
+                    loss, record = imitation_objective(
+                        logits, values, batch, self.imitation, self.vf_coef, self.ranks
+                    )
                 else:
                     loss, record = self._ppo_objective(values, log_probs, entropy, logits, batch)
                 loss = loss + policy.penalty()
                 record["train/loss"] = loss.detach()
                 record["train/entropy"] = entropy.detach().mean()
+                record, share = self.ranks.average(record, batch.samples)
                 self._check_finite(record)
                 for name, value in record.items():
                     records[name].append(value)
@@ -157,7 +168,8 @@ class PPO(SequenceAlgorithm):
                     stopped = True
                     break
                 policy.optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                (loss * share).backward()
+                self.ranks.add_gradients(parameters)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm).detach()
                 # A finite loss can have gradients that are not, as of a square root at 0.
                 self._check_finite({**record, "train/grad_norm": norm})
@@ -172,8 +184,9 @@ class PPO(SequenceAlgorithm):
             self.logger.record(f"adaptation/{name}", value)
         buffer = self.rollout_buffer
         assert buffer.returns is not None
-        spread = buffer.returns.var()
-        unexplained = (buffer.returns - buffer["values"]).var() / spread
+        self.ranks.average_statistics(policy)
+        spread = self.ranks.variance(buffer.returns)
+        unexplained = self.ranks.variance(buffer.returns - buffer["values"]) / spread
         self.logger.record("train/explained_variance", (1 - unexplained).item() if spread > 0 else 0.0)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
@@ -182,8 +195,9 @@ class PPO(SequenceAlgorithm):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """PPO's loss of one minibatch, and what to log; the policy's answers are (T, B)."""
         advantages = batch.advantages
-        if self.normalize_advantage and advantages.numel() > 1:
-            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        if self.normalize_advantage and (advantages.numel() > 1 or self.ranks.size > 1):
+            mean, deviation = self.ranks.mean_std(advantages, batch.samples > 0)
+            advantages = (advantages - mean) / (deviation + 1e-8)
 
         clip_range = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
         log_ratio = log_probs - batch.log_probs

@@ -8,7 +8,7 @@ updated on whole sequences, and a frozen encoder's features are worth keeping: s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -76,6 +76,8 @@ class SequenceBatch:
     """What the expert would have done: (T, B) int64; None when it was not asked."""
     reference_logits: Tensor | None
     """Action logits of the policy to stay close to: (T, B, A); None when there is none."""
+    samples: int
+    """How many steps count, T times B; 0 for one that only stands in, where another process holds all."""
 
 
 class SequenceBuffer:
@@ -91,10 +93,18 @@ class SequenceBuffer:
         num_envs: int,
         device: torch.device | str = "cpu",
         feature_dtype: torch.dtype = torch.float32,
+        first_env: int = 0,
+        total_envs: int | None = None,
     ) -> None:
-        """``feature_dtype`` is how frozen features are stored; half precision halves their memory."""
+        """``feature_dtype`` is how frozen features are stored; half precision halves their memory.
+
+        Where several processes hold a rollout together, this one's environments are ``first_env`` and the
+        following of ``total_envs``.
+        """
         self.num_steps = num_steps
         self.num_envs = num_envs
+        self.first_env = first_env
+        self.total_envs = num_envs if total_envs is None else total_envs
         self.device = torch.device(device)
         self.feature_dtype = feature_dtype
         self.length = 0
@@ -174,18 +184,24 @@ class SequenceBuffer:
         self._blocks["rewards"][self.length - 1].index_add_(0, envs, amounts)
 
     def __getitem__(self, name: str) -> Tensor:
-        """The block (T, N, ...) stored under ``name``: rewards, values, actions, obs/KEY, frozen/KEY, ..."""
-        return self._blocks[name]
+        """The block (T, N, ...) stored under ``name``: rewards, values, actions, obs/KEY, frozen/KEY, ...
+
+        T counts the steps stored so far.
+        """
+        return self._blocks[name][: self.length]
 
     def finish(self, last_values: Tensor, last_dones: Tensor, gamma: float, gae_lambda: float) -> None:
-        """Computes advantages and returns; ``last_values`` and ``last_dones`` (N,) follow the last step."""
-        if not self.full:
-            raise RuntimeError(f"the rollout holds {self.length} of its {self.num_steps} steps")
-        values = self._blocks["values"]
+        """Computes advantages and returns; ``last_values`` and ``last_dones`` (N,) follow the last step.
+
+        A rollout may end before it is full.
+        """
+        if self.length == 0:
+            raise RuntimeError(f"the rollout holds 0 of its {self.num_steps} steps; call add() first")
+        values = self["values"]
         self.advantages = generalized_advantages(
-            self._blocks["rewards"],
+            self["rewards"],
             values,
-            self._blocks["episode_starts"],
+            self["episode_starts"],
             last_values,
             last_dones,
             gamma,
@@ -196,27 +212,35 @@ class SequenceBuffer:
     def minibatches(self, count: int, generator: torch.Generator | None = None) -> Iterator[SequenceBatch]:
         """Splits the environments at random into ``count`` groups of (nearly) equal size, one pass over all.
 
-        With one minibatch nothing is copied or shuffled. ``generator`` lives on the CPU.
+        With one minibatch nothing is copied or shuffled. ``generator`` lives on the CPU. Processes that hold
+        a rollout together split all of its environments, in the same way if their generators are in the same
+        state, and each gets those of a group that it holds; where it holds none, another environment stands
+        in, of which nothing counts.
         """
-        if not 1 <= count <= self.num_envs:
+        if not 1 <= count <= self.total_envs:
             raise ValueError(
                 f"num_minibatches {count} must lie between 1 and the number of environments, "
-                f"{self.num_envs}: a minibatch is made of whole sequences"
+                f"{self.total_envs}: a minibatch is made of whole sequences"
             )
         if self.advantages is None:
             raise RuntimeError("call finish() before minibatches()")
         if count == 1:
             yield self._batch(None)
             return
-        order = torch.randperm(self.num_envs, generator=generator).to(self.device)
+        order = torch.randperm(self.total_envs, generator=generator) - self.first_env
         for envs in order.tensor_split(count):
-            yield self._batch(envs)
+            here = envs[(envs >= 0) & (envs < self.num_envs)]
+            if len(here):
+                yield self._batch(here.to(self.device))
+            else:
+                stand_in = torch.zeros(1, dtype=torch.int64, device=self.device)
+                yield replace(self._batch(stand_in), samples=0)
 
     def _batch(self, envs: Tensor | None) -> SequenceBatch:
         def pick(block: Tensor) -> Tensor:
             return block if envs is None else block.index_select(1, envs)
 
-        blocks = self._blocks
+        blocks = {name: block[: self.length] for name, block in self._blocks.items()}
         assert self.memory is not None and self.advantages is not None and self.returns is not None
         frozen = {
             name.removeprefix("frozen/"): pick(block).float()
@@ -239,6 +263,7 @@ class SequenceBuffer:
             frozen=frozen or None,
             expert_actions=pick(blocks["expert_actions"]) if self._optional["expert_actions"] else None,
             reference_logits=pick(blocks["reference_logits"]) if self._optional["reference_logits"] else None,
+            samples=self.length * (self.num_envs if envs is None else len(envs)),
         )
 
 

@@ -11,7 +11,7 @@ adapted encoder:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -195,6 +195,14 @@ class AdaptedExtractor(BaseFeaturesExtractor):
                 nn.init.orthogonal_(module.weight, gain=2**0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> AdaptedExtractor:
+        """Leaves all weights as they are.
+
+        Stable-Baselines3 initialises a whole policy anew through this method, pre-trained networks included.
+        Heads and embeddings are orthogonal from the start, as it would make them.
+        """
+        return self
 
     def forward(
         self, observations: Tensor | dict[str, Tensor], frozen: Mapping[str, Tensor] | None = None

@@ -54,10 +54,13 @@ def measure(method: Adaptation, height: int, width: int, batch_size: int = 32) -
         act = _flops(lambda: method(image)) / 2
         stored = method.base_features(image)
     method.train()
-    saved = _SavedBytes(method)
     output: list[Tensor] = []
-    with saved:
-        learn = _flops(lambda: output.append(method(image, stored or None))) / 2
+    learn = _flops(lambda: output.append(method(image, stored or None))) / 2
+    # What is kept once, such as masked weights, told from what is kept for each image.
+    two = _saved_bytes(method, image, stored)
+    twice = {name: torch.cat((value, value)) for name, value in stored.items()}
+    four = _saved_bytes(method, torch.cat((image, image)), twice)
+    each = (four - two) // 2
     backward = 0.0
     if output[0].requires_grad:
         backward = _flops(lambda: output[0].float().square().sum().backward()) / 2
@@ -70,7 +73,7 @@ def measure(method: Adaptation, height: int, width: int, batch_size: int = 32) -
         learn_flops=learn,
         backward_flops=backward,
         cached=bool(stored),
-        learn_bytes=saved.total * batch_size // 2 + ADAM_COPIES * parameter_bytes,
+        learn_bytes=two + (batch_size - 2) * each + ADAM_COPIES * parameter_bytes,
     )
 
 
@@ -94,6 +97,13 @@ def _further_bytes(method: Adaptation) -> int:
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(value.nbytes for value in tensors.values())
+
+
+def _saved_bytes(method: Adaptation, image: Tensor, stored: dict[str, Tensor]) -> int:
+    saved = _SavedBytes(method)
+    with saved:
+        method(image, stored or None)
+    return saved.total
 
 
 class _SavedBytes:

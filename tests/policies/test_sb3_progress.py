@@ -1,9 +1,11 @@
 """Schedules under a plain Stable-Baselines3 algorithm."""
 
 import pytest
+import torch
 from stable_baselines3 import PPO
 from test_extractor import TinyWorld
 
+from policies.encoders import make_encoder
 from policies.extractor import AdaptedExtractor
 from policies.sb3_progress import AdaptationProgress
 
@@ -27,6 +29,22 @@ def test_the_method_is_told_before_every_rollout(monkeypatch):
     )
     model.learn(24, callback=AdaptationProgress())
     assert told == [(0, 24), (8, 24), (16, 24)]
+
+
+def test_a_plain_algorithm_leaves_pre_trained_weights_as_they_are():
+    for adaptation in ("features", "finetune"):
+        model = agent(
+            policy_kwargs={
+                "features_extractor_class": AdaptedExtractor,
+                "features_extractor_kwargs": {"adaptation": adaptation, "image_features": 8},
+                "normalize_images": False,
+            }
+        )
+        for key, channels in (("rgb", 3), ("depth", 1)):
+            method = model.policy.features_extractor.adaptations[key]
+            encoder = method.base.encoder if adaptation == "features" else method.network.encoder
+            pretrained = make_encoder("fcn5_small", channels).state_dict()
+            assert all(torch.equal(v, pretrained[k]) for k, v in encoder.state_dict().items())
 
 
 def test_another_extractor_is_refused():

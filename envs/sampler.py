@@ -35,6 +35,9 @@ class EpisodeSampler:
             None.
         scene_steps: with endless streams, steps of the batch after which the oldest resident scene is
             exchanged.
+        first_agent: number of the first agent among ``total_agents``: those of several processes follow the
+            same streams as if one process had them all.
+        total_agents: how many agents follow the streams; ``num_agents`` when None.
 
     Raises:
         ValueError: there are no episodes, or a setting does not fit.
@@ -52,6 +55,8 @@ class EpisodeSampler:
         episodes_per_scene: int = 1,
         max_resident_scenes: int | None = None,
         scene_steps: int = 10_000,
+        first_agent: int = 0,
+        total_agents: int | None = None,
     ) -> None:
         if not episodes:
             raise ValueError("there are no episodes to draw from")
@@ -61,6 +66,12 @@ class EpisodeSampler:
             raise ValueError(f"episodes_per_scene {episodes_per_scene} must be at least 1")
         self.episodes = tuple(episodes)
         self.num_agents = num_agents
+        self.first_agent = first_agent
+        self.total_agents = num_agents if total_agents is None else total_agents
+        if not 0 <= first_agent <= self.total_agents - num_agents:
+            raise ValueError(
+                f"agents {first_agent} to {first_agent + num_agents - 1} are not among {self.total_agents}"
+            )
         self.mode = mode
         self.shuffle = shuffle
         self.episodes_per_scene = episodes_per_scene
@@ -226,7 +237,7 @@ class EpisodeSampler:
 
     def _next_endless(self, agent: int) -> int:
         count = len(self._eligible)
-        place = agent * count // self.num_agents + self._drawn[agent]
+        place = (self.first_agent + agent) * count // self.total_agents + self._drawn[agent]
         self._drawn[agent] += 1
         return int(self._order(place // count)[place % count])
 

@@ -423,6 +423,8 @@ class PointNavVectorEnv(VectorEnv[Observations, Any, Any]):
         return tensor.to(self.simulator.device, torch.int64)
 
     def _seed_noise(self, seed: int) -> None:
+        # Agents of another process must not see the same noise.
+        seed += self.sampler.first_agent << 32
         self._sensor_generator.manual_seed(2 * seed)
         self._motion_generator.manual_seed(2 * seed + 1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from typing import Any
@@ -14,6 +15,35 @@ from envs.simulators.base import Action
 from envs.vector_env import PointNavVectorEnv
 
 
+class EpisodeNoise:
+    """Random numbers that belong to an episode and its step, whoever plays it, beside whom, in which process.
+
+    So an episode's result does not change with the number of agents, nor with the other episodes.
+    """
+
+    def __init__(self, env: PointNavVectorEnv, seed: int, choices: int) -> None:
+        """``choices`` numbers a step for each agent of ``env``."""
+        self._env, self._seed = env, seed
+        self._numbers = torch.zeros(env.num_envs, env.config.max_steps, choices)
+        self._step = torch.zeros(env.num_envs, dtype=torch.int64)
+
+    def draw(self, episode_starts: Tensor) -> Tensor:
+        """The next step's numbers, exponentially distributed: (N, choices).
+
+        ``episode_starts`` (N,) bool says for whom an episode starts with this step.
+        """
+        env = self._env
+        for agent in episode_starts.nonzero().flatten().tolist():
+            episode = env.sampler.episodes[env.current_episodes()[agent]]
+            name = f"{self._seed} {episode.scene_id} {episode.episode_id}"
+            seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest())
+            self._numbers[agent].exponential_(generator=torch.Generator().manual_seed(seed))
+            self._step[agent] = 0
+        now = self._step.clamp(max=self._numbers.shape[1] - 1)
+        self._step += 1
+        return self._numbers[torch.arange(len(now)), now].to(env.simulator.device)
+
+
 class Agent(ABC):
     """Chooses the actions of N agents at once."""
 
@@ -21,9 +51,9 @@ class Agent(ABC):
     """How tables call it."""
 
     def begin(self, env: PointNavVectorEnv, seed: int) -> None:
-        """Gets ready for the N agents of ``env``."""
+        """Gets ready for the N agents of ``env``; ``seed`` is of what is drawn at random."""
         self.env = env
-        self.generator = torch.Generator(env.simulator.device).manual_seed(seed)
+        self.noise = EpisodeNoise(env, seed, env.config.num_actions)
 
     @abstractmethod
     def act(self, observations: dict[str, Any], episode_starts: Tensor) -> Tensor:
@@ -42,18 +72,21 @@ class PolicyAgent(Agent):
         self.policy, self.name, self.deterministic = policy, name, deterministic
 
     def begin(self, env: PointNavVectorEnv, seed: int) -> None:
-        """Clears the memory; the policy draws from torch's own generator, which is seeded here."""
+        """Clears the memory."""
         super().begin(env, seed)
         self.policy.set_training_mode(False)
         self.memory = self.policy.initial_memory(env.num_envs)
-        torch.manual_seed(seed)
 
     @torch.inference_mode()
     def act(self, observations: dict[str, Any], episode_starts: Tensor) -> Tensor:
         """The policy's actions, drawn or the most probable ones."""
-        answer = self.policy.act(observations, self.memory, episode_starts, self.deterministic)
+        answer = self.policy.act(observations, self.memory, episode_starts, deterministic=True)
         self.memory = answer[3]
         actions: Tensor = answer[0].clone()
+        if not self.deterministic:
+            # The largest p / q with exponentially distributed q falls on each action with probability p.
+            likely = torch.softmax(answer[5].float(), dim=1)
+            actions = (likely / self.noise.draw(episode_starts)).argmax(dim=1)
         return actions
 
 
@@ -75,12 +108,15 @@ class _GoalAgent(Agent):
         task, simulator = self.env.task, self.env.simulator
         goal = point_goal(task.goal, simulator.position, simulator.yaw)
         at_goal = goal[:, 0] <= self.env.config.success_distance
-        moves = torch.where(at_goal, int(Action.STOP), self._move(goal))
+        moves = torch.where(at_goal, int(Action.STOP), self._move(goal, episode_starts))
         return task.policy_actions(moves)
 
     @abstractmethod
-    def _move(self, goal: Tensor) -> Tensor:
-        """Where to go, given the goal's distance [m] and angle to the left [rad]: (N, 2) to (N,) int64."""
+    def _move(self, goal: Tensor, episode_starts: Tensor) -> Tensor:
+        """Where to go: (N,) int64.
+
+        ``goal`` (N, 2) is the goal's distance [m] and angle to the left [rad].
+        """
 
 
 class RandomAgent(_GoalAgent):
@@ -92,14 +128,10 @@ class RandomAgent(_GoalAgent):
 
     name = "random"
 
-    def _move(self, goal: Tensor) -> Tensor:
-        return torch.randint(
-            int(Action.MOVE_FORWARD),
-            int(Action.TURN_RIGHT) + 1,
-            (len(goal),),
-            generator=self.generator,
-            device=goal.device,
-        )
+    def _move(self, goal: Tensor, episode_starts: Tensor) -> Tensor:
+        moves = int(Action.TURN_RIGHT) - int(Action.MOVE_FORWARD) + 1
+        # Each of several numbers of one distribution is the least equally often.
+        return int(Action.MOVE_FORWARD) + self.noise.draw(episode_starts)[:, :moves].argmin(dim=1)
 
 
 class ForwardAgent(_GoalAgent):
@@ -107,7 +139,7 @@ class ForwardAgent(_GoalAgent):
 
     name = "forward"
 
-    def _move(self, goal: Tensor) -> Tensor:
+    def _move(self, goal: Tensor, episode_starts: Tensor) -> Tensor:
         return torch.full((len(goal),), int(Action.MOVE_FORWARD), dtype=torch.int64, device=goal.device)
 
 
@@ -117,7 +149,7 @@ class GoalAgent(_GoalAgent):
     name = "goal"
     _AHEAD = math.radians(15.0)
 
-    def _move(self, goal: Tensor) -> Tensor:
+    def _move(self, goal: Tensor, episode_starts: Tensor) -> Tensor:
         angle = goal[:, 1]
         turn = torch.where(angle > 0, int(Action.TURN_LEFT), int(Action.TURN_RIGHT))
         # A turn wider than the tolerance would swing to and fro across the goal for ever.

@@ -19,10 +19,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from envs.episodes import Episode
 from envs.files import atomic_write
 from envs.vector_env import PointNavVectorEnv
-from navagent.build import Split, load_split, make_vector_env, policy_settings, read_split
+from navagent.build import (
+    Split,
+    load_split,
+    make_vector_env,
+    policy_settings,
+    read_split,
+    training_device,
+)
 from navagent.config import AdaptationConfig, ConfigError, SensorsConfig, TrainConfig, nearest, read_config
+from navagent.distributed import Ranks, joined
 from navagent.evaluation.agents import BASELINES, Agent, PolicyAgent
-from navagent.evaluation.evaluate import evaluate_agent, spread
+from navagent.evaluation.evaluate import evaluate_agent, gathered, spread
 from navagent.evaluation.metrics import paired_difference, results_table, summarise, to_json
 from navagent.evaluation.pictures import Studio
 from navagent.evaluation.report import write_report
@@ -91,12 +99,22 @@ class Contender:
     """The run it was trained in; None for agents without training."""
 
 
-def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> Path:
+def evaluate_run(
+    options: EvaluateOptions, console: Console | None = None, ranks: Ranks | None = None
+) -> Path:
     """Evaluates a run and others beside it; returns the folder of the results.
 
     Writes ``summary.json``, ``episodes.jsonl``, ``maps/``, ``views/`` and ``videos/`` there, and the run's
     ``report.html`` anew.
+
+    Args:
+        options: What is asked for.
+        console: Where the table is shown; standard output if None.
+        ranks: The processes that share the episodes; those that ``torchrun`` started, if None.
     """
+    if ranks is None:
+        with joined(lambda: training_device(options.device)) as together:
+            return evaluate_run(options, console, together)
     console = console or Console()
     run = Run(options.run)
     config = dataclasses.replace(read_config(run.config_path), device=options.device)
@@ -106,9 +124,11 @@ def evaluate_run(options: EvaluateOptions, console: Console | None = None) -> Pa
     split = _split(options, config)
     episodes = spread(split.episodes, options.episodes or len(split.episodes))
     scenes = {episode.scene_id: split.scenes[episode.scene_id] for episode in episodes}
-
-    results = _evaluate(contenders, config, episodes, scenes, options)
+    results = _evaluate(contenders, config, ranks.share(episodes), scenes, options)
+    results = {name: gathered(found, ranks) for name, found in results.items()}
     out = Path(options.out) if options.out else run.path / "evaluation" / split.name
+    if not ranks.first:
+        return out
     out.mkdir(parents=True, exist_ok=True)
     summaries = {name: summarise(found, options.seed) for name, found in results.items()}
     shown = contenders[0]
@@ -258,6 +278,10 @@ def _evaluate(
     options: EvaluateOptions,
 ) -> dict[str, list[EpisodeResult]]:
     """Results of each contender by name; the baselines share an environment."""
+    if not episodes:
+        # There are more processes than episodes.
+        return {contender.name: [] for contender in contenders}
+    scenes = {episode.scene_id: scenes[episode.scene_id] for episode in episodes}
     num_envs = min(config.evaluation.num_envs, len(episodes))
     # Who does not look needs no cameras.
     blind = dataclasses.replace(config, sensors=SensorsConfig(rgb=False, depth=False))

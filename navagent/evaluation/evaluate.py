@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from envs.episodes import Episode
 from envs.vector_env import PointNavVectorEnv
+from navagent.distributed import Ranks
 from navagent.evaluation.agents import Agent
 from navagent.evaluation.results import EpisodeResult
 
@@ -24,8 +26,8 @@ def evaluate_agent(
 ) -> list[EpisodeResult]:
     """Evaluates ``agent`` on every episode of ``env``'s sampler.
 
-    The result does not depend on the order in which the batch happens to finish episodes, except through the
-    random numbers that agents draw.
+    What an episode comes to does not depend on the others, nor on how many agents play side by side: random
+    actions belong to the episode and its step. Only noise of cameras and motion is drawn for the whole batch.
 
     Args:
         env: hands out each episode once (``EpisodeSampler(mode="once")``), with next-step autoreset: the last
@@ -95,6 +97,13 @@ def evaluate_agent(
             if progress is not None:
                 progress(len(results), len(episodes))
     return [results[index] for index in range(len(episodes))]
+
+
+def gathered(results: Sequence[EpisodeResult], ranks: Ranks) -> list[EpisodeResult]:
+    """The results of all ranks, in their order, at rank 0; an empty list at the others."""
+    names = [item.name for item in dataclasses.fields(EpisodeResult)]
+    parts = ranks.gather([{name: getattr(result, name) for name in names} for result in results])
+    return [EpisodeResult(**values) for part in parts for values in part]
 
 
 def spread(episodes: Sequence[Episode], count: int) -> list[Episode]:

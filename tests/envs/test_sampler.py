@@ -52,6 +52,16 @@ def test_agents_start_at_different_episodes(make):
     assert len(set(make(num_agents=4).next(range(4)))) == 4
 
 
+def test_agents_in_several_processes_follow_the_streams_of_one(make):
+    whole = make(num_agents=6)
+    for first in (0, 2, 4):
+        part = make(num_agents=2, first_agent=first, total_agents=6)
+        for agent in range(2):
+            assert stream(part, agent, 30) == stream(whole, first + agent, 30)
+    with pytest.raises(ValueError, match="agents 5 to 6 are not among 6"):
+        make(num_agents=2, first_agent=5, total_agents=6)
+
+
 def test_without_shuffling_the_order_is_that_given(make):
     assert stream(make(num_agents=1, shuffle=False), 0, 14) == [*range(12), 0, 1]
 

@@ -109,6 +109,46 @@ def test_goal_agent_does_not_swing_across_the_goal_with_wide_turns(flat_env, mak
     assert result.success
 
 
+class DicePolicy:
+    """Draws its actions with fixed probabilities."""
+
+    logits = torch.tensor([0.02, 0.5, 0.3, 0.18]).log()
+
+    def set_training_mode(self, mode):
+        pass
+
+    def initial_memory(self, num_agents):
+        return torch.zeros(num_agents, 0)
+
+    def act(self, observations, memory, episode_starts, deterministic):
+        logits = self.logits.expand(len(memory), 4)
+        return logits.argmax(dim=1), None, None, memory, {}, logits
+
+
+@pytest.mark.parametrize("make", [RandomAgent, lambda: PolicyAgent(DicePolicy())])
+def test_drawn_actions_belong_to_the_episode_not_to_the_batch_or_the_process(flat_env, make_episode, make):
+    episodes = [make_episode(n, goal=(3.0, 0.0, 3.0)) for n in range(7)]
+    whole = evaluate_agent(flat_env(episodes, 7), make(), seed=3)
+    assert len({result.steps for result in whole} | {result.path_length for result in whole}) > 2
+    assert evaluate_agent(flat_env(episodes, 2), make(), seed=3) == whole
+    parts = [evaluate_agent(flat_env(part, 3), make(), seed=3) for part in (episodes[:4], episodes[4:])]
+    assert parts[0] + parts[1] == whole
+
+
+def test_a_policys_actions_are_drawn_with_its_probabilities(flat_env, make_episode):
+    env = flat_env([make_episode(n) for n in range(50)], 50, PointNavConfig(max_steps=200))
+    agent = PolicyAgent(DicePolicy())
+    agent.begin(env, 0)
+    env.reset()
+    starts = torch.ones(50, dtype=torch.bool)
+    drawn = []
+    for _ in range(200):
+        drawn.append(agent.act({}, starts))
+        starts = torch.zeros_like(starts)
+    shares = torch.bincount(torch.cat(drawn), minlength=4) / 10_000
+    torch.testing.assert_close(shares, DicePolicy.logits.exp(), atol=0.02, rtol=0)
+
+
 def test_random_agent_moves_in_all_ways_and_stops_only_at_the_goal(flat_env, make_episode):
     env = flat_env([make_episode(0, goal=(4.0, 0.0, 4.0))], 1, PointNavConfig(max_steps=400))
     (result,) = evaluate_agent(env, RandomAgent())
@@ -130,7 +170,7 @@ class MemoryPolicy:
     def act(self, observations, memory, episode_starts, deterministic):
         memory = torch.where(episode_starts[:, None], 0.0, memory) + 1
         actions = torch.where(memory[:, 0] >= 9, 0, 1)
-        return actions, None, None, memory, {}, None
+        return actions, None, None, memory, {}, torch.nn.functional.one_hot(actions, 4) * 1000
 
 
 def test_a_policys_memory_starts_anew_with_each_episode(flat_env, make_episode):

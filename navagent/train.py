@@ -32,6 +32,7 @@ from navagent.config import ConfigError, TrainConfig, to_yaml
 from navagent.learning.imitation import ImitationConfig
 from navagent.learning.ppo import PPO
 from navagent.learning.schedules import DecaySchedule, LearningRate, PathLengthCurriculum
+from navagent.memory_estimate import MemoryPlan, check_scenes, feature_storage, plan_memory
 from navagent.preemption import Stopped, StopSignals
 from navagent.progress import TrainingProgress, duration
 from navagent.runs import CheckpointError, Packed, Run, RunError, pack
@@ -87,9 +88,12 @@ def _train(config: TrainConfig, console: Console, stop: StopSignals, stack: cont
         check_weights(config)
     train_split = load_split(config, config.scenes.train_split)
     val_split = load_split(config, config.scenes.val_split)
+    check_scenes(train_split.scenes.values())
     model = make_model(built, train_split)
     assert model.env is not None
     stack.callback(model.env.close)
+    memory = plan_memory(config, model, val_split.scenes.values())
+    memory.check()
     # Not before everything is built: what fails by then should leave no folder behind.
     if config.resume is None:
         run = Run.create(_run_dir(config), to_yaml(config))
@@ -99,7 +103,7 @@ def _train(config: TrainConfig, console: Console, stop: StopSignals, stack: cont
         trainer.load(state)
         # A resumed run may have other settings, such as a longer budget, and its folder says so.
         run.write_config(to_yaml(dataclasses.replace(config, resume=None)))
-    console.print(plan(config, run, model, train_split, val_split))
+    console.print(plan(config, run, model, train_split, val_split, memory))
     trainer.train()
     if stop.number is None:
         _conclude(config, run, console)
@@ -255,7 +259,9 @@ class Trainer(BaseCallback):
             self.save(last=True)
         self._begun_at = time.monotonic()
         self._begun_frames = self.model.num_timesteps
-        kept = self._update_seconds >= KEPT_FROM_SECONDS and self._begun_frames != self.saved_frames
+        # The ranks decide together, since each has a part of the state.
+        seconds = self.model.ranks.largest([self._update_seconds])[0]
+        kept = seconds >= KEPT_FROM_SECONDS and self._begun_frames != self.saved_frames
         self._begun = pack(self._state()) if kept else None
 
     def _on_step(self) -> bool:
@@ -515,7 +521,9 @@ def without_weight_files(config: TrainConfig) -> TrainConfig:
     )
 
 
-def plan(config: TrainConfig, run: Run, model: PPO, train_split: Split, val_split: Split) -> Table:
+def plan(
+    config: TrainConfig, run: Run, model: PPO, train_split: Split, val_split: Split, memory: MemoryPlan
+) -> Table:
     """What is about to be trained, for the person who has to wait for it."""
     policy = model.policy
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
@@ -540,30 +548,14 @@ def plan(config: TrainConfig, run: Run, model: PPO, train_split: Split, val_spli
         f"{len(val_split.scenes)} unseen ones to evaluate in ({len(val_split.episodes):,})",
         "training": f"{algorithm.total_frames:,} frames ({teaching}), {algorithm.num_envs} agents x "
         f"{algorithm.num_steps} steps a rollout",
-        "memory": f"about {rollout_bytes(model) / 2**20:,.0f} MB for a rollout",
+        "memory": memory.describe(),
+        "features": "; ".join(f"{image}: {how}" for image, how in feature_storage(policy).items()) or "none",
         "device": f"{model.device}, {torch.get_num_threads()} threads, seed {config.seed}",
         "run": f"{run.path}" + (f", going on after {model.num_timesteps:,} frames" if config.resume else ""),
     }
     for name, value in rows.items():
         table.add_row(name, value)
     return table
-
-
-def rollout_bytes(model: PPO) -> int:
-    """Size of one rollout's observations and frozen features [bytes]."""
-    import numpy as np
-
-    spaces: Any = model.observation_space
-    frame = sum(
-        int(np.prod(space.shape or (1,))) * np.dtype(space.dtype).itemsize for space in spaces.values()
-    )
-    with torch.inference_mode():
-        example = {
-            key: torch.as_tensor(space.sample(), device=model.device)[None] for key, space in spaces.items()
-        }
-        frozen: dict[str, torch.Tensor] = model.policy.frozen_features(example)  # type: ignore[operator]
-    frame += sum(value.numel() * model.feature_dtype.itemsize for value in frozen.values())
-    return frame * model.n_steps * model.n_envs
 
 
 def _run_dir(config: TrainConfig) -> Path:

@@ -24,6 +24,9 @@ from torch import Tensor
 
 from navagent.distributed import RankLostError, Ranks, Stragglers
 from navagent.learning.imitation import Anchor, ExpertMixture, ImitationConfig
+from navagent.learning.nonfinite import FiniteGuard, NonFinite
+from navagent.learning.normalise import Moments, ReturnNormaliser
+from navagent.learning.replay import Replay
 from navagent.learning.rollout import SequenceBuffer, TensorEnv, tensor_env
 
 _AGENTS_LISTED = 16
@@ -51,6 +54,12 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
     """The processes that learn together, each with as many environments."""
     sync_frac: float
     """Share of the ranks whose finished rollouts end those of the others."""
+    normalize_returns: bool
+    """Whether rewards are divided by how much returns vary."""
+    replay_steps: int
+    """Steps of every environment that are kept to learn from again; 0 for none."""
+    nonfinite: NonFinite
+    """What to do about numbers that are not finite."""
 
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
@@ -69,14 +78,13 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         self.stragglers = Stragglers(self.ranks, self.sync_frac, self.n_steps)
-        self.rollout_buffer = SequenceBuffer(
-            self.n_steps,
-            self.n_envs,
-            self.device,
-            self.feature_dtype,
-            first_env=self.ranks.rank * self.n_envs,
-            total_envs=self.ranks.size * self.n_envs,
-        )
+        self.rollout_buffer = self._empty_buffer()
+        self.replay = Replay(self.replay_steps, self._empty_buffer()) if self.replay_steps else None
+        self.normaliser: ReturnNormaliser | None = None
+        if self.normalize_returns:
+            self.normaliser = ReturnNormaliser(self.n_envs, self.gamma).to(self.device)
+        self.guard = FiniteGuard(self.nonfinite, self.ranks.rank if self.ranks.size > 1 else None)
+        """Looks for numbers that are not finite; a ``folder`` set on it gets what caused them."""
         self.policy = self.policy_class(  # type: ignore[assignment]
             self.observation_space, self.action_space, self.lr_schedule, **self.policy_kwargs
         ).to(self.device)
@@ -98,9 +106,25 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         self._memory: Tensor | None = None
         self._tensor_env: TensorEnv | None = None
 
+    def _empty_buffer(self) -> SequenceBuffer:
+        return SequenceBuffer(
+            self.n_steps,
+            self.n_envs,
+            self.device,
+            self.feature_dtype,
+            first_env=self.ranks.rank * self.n_envs,
+            total_envs=self.ranks.size * self.n_envs,
+        )
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        modules, tensors = super()._get_torch_save_params()
+        return [*modules, *(["normaliser"] if self.normaliser else [])], tensors
+
     def _excluded_save_params(self) -> list[str]:
         return [
             *super()._excluded_save_params(),
+            "replay",
+            "guard",
             "ranks",
             "stragglers",
             "generator",
@@ -150,7 +174,10 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
             }
             starts: Any = torch.ones(self.n_envs, dtype=torch.bool, device=self.device)
             policy: Any = self.policy
+            tensors = self.guard.observations(tensors, self.num_timesteps)
             self._last_obs, self._last_episode_starts = tensors, starts
+            if self.normaliser is not None:
+                self.normaliser.returns.zero_()
             self._memory = policy.initial_memory(self.n_envs).to(self.device)
         return answer
 
@@ -205,7 +232,12 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         policy.set_training_mode(False)
         policy.set_progress(self.num_timesteps, self._total_timesteps)
         rollout_buffer.start(self._memory)
+        # Log-probabilities of what an expert did are no behaviour to compare a policy with.
+        replay = None if imitating else self.replay
+        if replay is not None:
+            replay.start()
         self.episodes_of_rollout = []
+        lived: list[tuple[Tensor, Tensor]] = []
         ended: list[list[dict[str, float]]] = []
         frames_before = self.num_timesteps
         callback.on_rollout_start()
@@ -226,12 +258,13 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
                     expert = environment.expert_actions()
                     executed = self.mixture.choose(executed, expert, starts, self.num_timesteps)
             with self._stage("simulate"):
-                result = environment.step(executed)
+                result = self.guard.step(environment.step(executed), self.num_timesteps)
             with self._stage("policy"):
+                lived.append((result.rewards, result.dones))
                 rollout_buffer.add(
                     observations,
                     executed,
-                    result.rewards,
+                    self.normaliser(result.rewards) if self.normaliser else result.rewards,
                     starts,
                     values,
                     log_probs,
@@ -246,6 +279,8 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
                         result.final_observations, memory[cut], torch.zeros_like(cut, dtype=torch.bool)
                     )
                     rollout_buffer.add_to_last_rewards(cut, self.gamma * future)
+                if replay is not None:
+                    replay.add(observations, executed, starts, log_probs, self._memory, frozen)
             self._memory, observations, starts = memory, result.observations, result.dones
             self._last_obs, self._last_episode_starts = observations, starts
             # As if every rank were as far; it is counted exactly when the rollout is over.
@@ -261,10 +296,16 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         with self._stage("policy"):
             last_values = self._values(observations, self._memory, starts)
             rollout_buffer.finish(last_values, starts, self.gamma, self.gae_lambda)
+            if replay is not None:
+                replay.finish(rollout_buffer["rewards"], observations, self._memory, starts)
         if self.ranks.size > 1:
             self.stragglers.done()
             with self._stage("wait"):
                 self._meet(frames_before, ended)
+        if self.normaliser is not None:
+            rewards_seen, dones_seen = (torch.stack(column) for column in zip(*lived, strict=True))
+            measured = self.normaliser.measure(rewards_seen, dones_seen)
+            self.normaliser.update(Moments.from_sums(self.ranks.sum(measured.sums)))
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
@@ -376,6 +417,9 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
             "expert_acts": self.mixture.expert_acts,
             "anchor_memory": self.anchor.memory if self.anchor else None,
             "environment": self._tensor_env.state_dict(),
+            "nonfinite": self.guard.state_dict(),
+            "replay": self.replay.state_dict() if self.replay else None,
+            "returns": self.normaliser.returns if self.normaliser else None,
             "random": {
                 "minibatches": self.generator.get_state(),
                 "torch": torch.get_rng_state(),
@@ -390,6 +434,7 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
             "policy": self.policy.state_dict(),
             "optimizer": self.policy.optimizer.state_dict(),
             "anchor": self.anchor.state_dict() if self.anchor else None,
+            "normaliser": self.normaliser.state_dict() if self.normaliser else None,
             "recent_episodes": list(self.recent_episodes),
             "ranks": self.ranks.gather(own),
         }
@@ -429,6 +474,12 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         self.ep_info_buffer = deque(episodes, maxlen=window)
         self.ep_success_buffer = deque((e["success"] for e in episodes if "success" in e), maxlen=window)
         self._tensor_env.load_state_dict(state["environment"])
+        self.guard.load_state_dict(state["nonfinite"])
+        if self.replay is not None:
+            self.replay.load_state_dict(state["replay"])
+        if self.normaliser is not None:
+            self.normaliser.load_state_dict(state["normaliser"])
+            self.normaliser.returns.copy_(state["returns"])
         generators = state["random"]
         self.generator.set_state(generators["minibatches"])
         torch.set_rng_state(generators["torch"])
@@ -459,6 +510,9 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
                 self.logger.record(f"rollout/{name}", sum(numbers) / len(numbers))
         if names and "reward_sum" not in names:
             self.logger.record("rollout/reward_sum", sum(names["r"]) / len(names["r"]))
+        if self.nonfinite == "skip":
+            for name, count in self.guard.state_dict().items():
+                self.logger.record(f"nonfinite/{name}", count)
         self.logger.dump(step=self.num_timesteps)
 
 

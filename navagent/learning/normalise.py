@@ -27,6 +27,18 @@ class Moments:
         count = torch.tensor(float(numbers.numel()), dtype=torch.float64, device=numbers.device)
         return cls(count, mean, (numbers - mean).square().sum())
 
+    @property
+    def sums(self) -> Tensor:
+        """Count, sum and sum of squares: (3,), which add up over several sets of numbers."""
+        total = self.mean * self.count
+        return torch.stack((self.count, total, self.m2 + total * self.mean))
+
+    @classmethod
+    def from_sums(cls, sums: Tensor) -> Moments:
+        """The inverse of :attr:`sums`."""
+        count, total, squares = sums
+        return cls(count, total / count, squares - total * total / count)
+
     def __add__(self, other: Moments) -> Moments:
         """The moments of both sets of numbers together (Chan et al. 1979); their order does not matter."""
         count = self.count + other.count
@@ -48,8 +60,8 @@ class ReturnNormaliser(nn.Module):
 
     The statistics are those of ``stable_baselines3``'s ``VecNormalize``: every step's discounted sum of past
     rewards, over all environments. They are taken once a rollout, so that several processes can put theirs
-    together (:meth:`measure`, then the sum of everyone's moments to :meth:`update`), and a rollout's rewards
-    are divided by what was known when it began.
+    together (:meth:`measure`, then :meth:`update` with the sum of everyone's :attr:`Moments.sums`), and a
+    rollout's rewards are divided by what was known when it began.
     """
 
     moments: Tensor

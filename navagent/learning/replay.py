@@ -114,10 +114,13 @@ class Replay:
 
         ``generator`` lives on the CPU and draws where the window begins.
         """
+        # Always one draw, so that processes with rollouts of other lengths draw as many.
+        drawn = torch.rand((), generator=generator).item()
         if self.filled < self.capacity:
             return self.newest(policy, gamma, gae_lambda, parts)
-        behind = torch.randint(self._newest + 1, self.capacity, (), generator=generator)
-        return self._lay(policy, int(behind), gamma, gae_lambda, parts)
+        nearest = self._newest + 1
+        behind = nearest + int(drawn * (self.capacity - nearest))
+        return self._lay(policy, behind, gamma, gae_lambda, parts)
 
     def _places(self, behind: int, length: int) -> Tensor:
         """Places in the ring of ``length`` steps, the first of them ``behind`` the next one."""

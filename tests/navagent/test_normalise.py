@@ -55,7 +55,8 @@ def test_two_halves_put_together_are_one_whole():
     whole, left, right = ReturnNormaliser(6, 0.95), ReturnNormaliser(3, 0.95), ReturnNormaliser(3, 0.95)
     for _ in range(2):
         whole.update(whole.measure(rewards, dones))
-        shared = left.measure(rewards[:, :3], dones[:, :3]) + right.measure(rewards[:, 3:], dones[:, 3:])
+        measured = left.measure(rewards[:, :3], dones[:, :3]), right.measure(rewards[:, 3:], dones[:, 3:])
+        shared = Moments.from_sums(measured[0].sums + measured[1].sums)
         for part in (left, right):
             part.update(shared)
             torch.testing.assert_close(part.moments, whole.moments)

@@ -88,7 +88,9 @@ def empty(capacity=CAPACITY, **settings):
 
 def at(behind, monkeypatch):
     """Makes the next window begin so many steps back."""
-    monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.tensor(behind))
+    nearest = STEPS + 1
+    drawn = (behind - nearest + 0.5) / (CAPACITY - nearest)
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(drawn))
 
 
 @pytest.mark.parametrize("behind", [4, 5, 7, 8, 10])

@@ -252,8 +252,8 @@ class PPO(SequenceAlgorithm):
                 break
         if not moved and self.guard.skipped_minibatches > skipped:
             raise FloatingPointError(
-                f"no minibatch after {self.num_timesteps} frames had a finite loss and gradient: all would be "
-                "skipped for ever. Lower the learning rate or max_grad_norm"
+                f"no minibatch after {self.num_timesteps} frames had a finite loss and gradient: all would "
+                "be skipped for ever. Lower the learning rate or max_grad_norm"
             )
         self._log_update(records)
 

@@ -15,6 +15,7 @@ import torch
 
 from envs.files import cache_dir
 from navagent.config import ConfigError, TrainConfig
+from navagent.distributed import Launch, Ranks
 
 if TYPE_CHECKING:
     from gymnasium.vector import AutoresetMode
@@ -27,7 +28,13 @@ if TYPE_CHECKING:
 
 
 def training_device(name: str) -> torch.device:
-    """The device of setting ``device``; refuses what it does not know, and CUDA where there is none."""
+    """The device of setting ``device``; refuses what it does not know, and CUDA where there is none.
+
+    Of several processes on a machine, each gets a CUDA device of its own as far as there are so many.
+    """
+    launch = Launch.read()
+    if name in ("auto", "cuda") and torch.cuda.is_available() and launch is not None:
+        return torch.device("cuda", launch.local_rank % torch.cuda.device_count())
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, colon, number = name.partition(":")
@@ -44,9 +51,13 @@ def training_device(name: str) -> torch.device:
 def set_threads(num_threads: int) -> int:
     """Lets torch use ``num_threads`` threads and says how many that is.
 
-    0 means what ``OMP_NUM_THREADS`` says, as clusters set it, and all cores where it is not set.
+    0 means what ``OMP_NUM_THREADS`` says, as clusters and torchrun set it, and all cores where it is not set;
+    several processes on a machine share them.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    launch = Launch.read()
+    if launch is not None:
+        cores = max(1, cores // launch.local_size)
     wished = os.environ.get("OMP_NUM_THREADS", "")
     threads = num_threads or (int(wished) if wished.isdigit() and int(wished) > 0 else cores)
     torch.set_num_threads(threads)
@@ -89,6 +100,32 @@ def load_split(config: TrainConfig, name: str) -> Split:
     dataset = dataset_dir(config)
     scenes_dir = Path(config.scenes.scenes_dir).expanduser() if config.scenes.scenes_dir else dataset
     return read_split(split_file(dataset, name), scenes_dir, name)
+
+
+SHARED_SCENES_BYTES = 1 << 30
+"""Scenes whose files are larger than this together are too much for every process to hold."""
+
+
+def share_of_scenes(config: TrainConfig, split: Split, ranks: Ranks) -> Split:
+    """The part of a split that this process's agents play in, as ``distributed.scenes`` says.
+
+    With shared scenes, several processes play the same episodes as one with all of their agents.
+    """
+    names = list(split.scenes)
+    size = sum(path.stat().st_size for path in split.scenes.values())
+    wanted = config.distributed.scenes
+    sharded = wanted == "sharded" or (wanted == "auto" and size > SHARED_SCENES_BYTES)
+    if ranks.size == 1 or not sharded:
+        return split
+    if len(names) < ranks.size:
+        if wanted == "auto":
+            return split
+        raise ConfigError(
+            f"distributed.scenes=sharded: split {split.name!r} has {len(names)} scenes for {ranks.size} "
+            "processes; use distributed.scenes=shared, or fewer processes"
+        )
+    own = {name: split.scenes[name] for name in ranks.share(names)}
+    return Split(split.name, tuple(e for e in split.episodes if e.scene_id in own), own)
 
 
 def agent_spec(config: TrainConfig) -> AgentSpec:
@@ -172,6 +209,7 @@ def make_vector_env(
     autoreset_mode: AutoresetMode | None = None,
     seed: int = 0,
     extra_cameras: Sequence[SensorSpec] = (),
+    ranks: Ranks | None = None,
 ) -> PointNavVectorEnv:
     """The settings' environment over some episodes, with tensors out.
 
@@ -184,6 +222,7 @@ def make_vector_env(
         autoreset_mode: As Gymnasium has it; within the same step if None.
         seed: Of the streams' order and of noise.
         extra_cameras: Cameras that the policy does not get, for videos.
+        ranks: The processes whose agents share the streams of episodes, ``num_envs`` in each; None for one.
     """
     from gymnasium.vector import AutoresetMode
 
@@ -191,7 +230,16 @@ def make_vector_env(
     from envs.simulators.raycast.simulator import RaycastSimulator
     from envs.vector_env import PointNavVectorEnv
 
-    sampler = EpisodeSampler(episodes, num_envs, scenes, seed=seed, mode=mode)
+    ranks = ranks or Ranks()
+    sampler = EpisodeSampler(
+        episodes,
+        num_envs,
+        scenes,
+        seed=seed,
+        mode=mode,
+        first_agent=ranks.rank * num_envs,
+        total_agents=ranks.size * num_envs,
+    )
     simulator = RaycastSimulator(
         sampler.resident_scenes,
         num_envs,

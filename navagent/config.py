@@ -186,7 +186,7 @@ class AlgorithmConfig:
     max_minutes: float = setting(
         0.0, "stop after this long, evaluation aside [min]; 0 is no limit", at_least=0
     )
-    num_envs: int = setting(32, "agents that act side by side", at_least=1, at_most=65536)
+    num_envs: int = setting(32, "agents that act side by side, in each process", at_least=1, at_most=65536)
     num_steps: int = setting(64, "steps of every agent in one rollout", at_least=1, at_most=65536)
     num_minibatches: int = setting(8, "parts that a rollout is learned in", at_least=1)
     feature_dtype: str = setting(
@@ -255,6 +255,25 @@ class CheckpointConfig:
 
 
 @dataclass
+class DistributedConfig:
+    """Training in several processes, as torchrun starts them."""
+
+    sync_frac: float = setting(
+        0.6,
+        "share of the processes whose finished rollouts end those of the others, which have at least a "
+        "quarter; 1 waits for all",
+        above=0,
+        at_most=1,
+    )
+    scenes: str = setting(
+        "auto",
+        "every process plays in all scenes (shared) or in a part of its own (sharded); auto shards more than "
+        "1 GiB",
+        choices=("auto", "shared", "sharded"),
+    )
+
+
+@dataclass
 class TrainConfig:
     """Every setting of a training run."""
 
@@ -274,6 +293,7 @@ class TrainConfig:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,14 @@ class Ranks:
     def barrier(self) -> None:
         """Waits for all ranks."""
 
+    @contextmanager
+    def one_before_others(self) -> Iterator[None]:
+        """In this block one process of each machine is first, and the others follow when it is done."""
+        yield
+
+    def hand_on(self, number: int) -> None:
+        """Sends a signal that came to this process to the others too."""
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum of every rank's ``values``, of the same shape."""
         return values
@@ -239,6 +247,22 @@ class JoinedRanks(Ranks):
     def barrier(self) -> None:
         """See :meth:`Ranks.barrier`."""
         self.sum(torch.zeros(1))
+
+    @contextmanager
+    def one_before_others(self) -> Iterator[None]:
+        """See :meth:`Ranks.one_before_others`."""
+        if self.launch.local_rank != 0:
+            self.barrier()
+        yield
+        if self.launch.local_rank == 0:
+            self.barrier()
+
+    def hand_on(self, number: int) -> None:
+        """See :meth:`Ranks.hand_on`."""
+        if self._watch.stop_signal is None:
+            self._watch.stop_signal = number
+            with suppress(RuntimeError):
+                self.store.set("stop", str(number))
 
     def sum(self, values: Tensor) -> Tensor:
         """See :meth:`Ranks.sum`."""
@@ -491,6 +515,8 @@ class _Watch(threading.Thread):
         super().__init__(name="watch over other ranks", daemon=True)
         self.lost: str | None = None
         """Why this rank should end; None while all are well."""
+        self.stop_signal: int | None = None
+        """The signal that one rank has handed on to all."""
         self._store = store
         self._launch = launch
         self._stopped = threading.Event()
@@ -527,6 +553,9 @@ class _Watch(threading.Thread):
 
     def _look(self) -> None:
         with suppress(RuntimeError):
+            if self.stop_signal is None and self._store.check(["stop"]):
+                self.stop_signal = int(self._store.get("stop"))
+                os.kill(os.getpid(), self.stop_signal)
             if self._store.check(["failed"]):
                 rank, said = json.loads(self._store.get("failed"))
                 self.lost = f"rank {rank} failed: {said}"

@@ -26,14 +26,16 @@ from navagent.build import (
     load_split,
     make_vector_env,
     policy_settings,
+    share_of_scenes,
     training_device,
 )
 from navagent.config import ConfigError, TrainConfig, to_yaml
+from navagent.distributed import Launch, RankLostError, Ranks, joined
 from navagent.learning.imitation import ImitationConfig
 from navagent.learning.ppo import PPO
 from navagent.learning.schedules import DecaySchedule, LearningRate, PathLengthCurriculum
 from navagent.memory_estimate import MemoryPlan, check_scenes, feature_storage, plan_memory
-from navagent.preemption import Stopped, StopSignals
+from navagent.preemption import URGENT, Stopped, StopSignals
 from navagent.progress import TrainingProgress, duration
 from navagent.runs import CheckpointError, Packed, Run, RunError, pack
 
@@ -68,17 +70,34 @@ def train(config: TrainConfig, console: Console | None = None) -> Run:
         SystemExit: likewise after SIGTERM, with the status that shells expect of it, 143, and after SIGUSR1
             with :data:`~navagent.preemption.REQUEUE_STATUS`.
     """
-    console = console or Console()
-    with StopSignals(console.print) as stop, contextlib.ExitStack() as stack:
-        return _train(config, console, stop, stack)
+    with contextlib.ExitStack() as stack:
+        # The first process speaks for all.
+        launch = Launch.read()
+        if launch is not None and launch.rank > 0:
+            console = Console(quiet=True, force_terminal=False)
+        console = console or Console()
+        stop = stack.enter_context(StopSignals(console.print))
+        ranks = stack.enter_context(joined(lambda: training_device(config.device)))
+        try:
+            return _train(config, console, stop, stack, ranks)
+        except RankLostError:
+            if stop.number is None:
+                raise
+            # The other has taken the signal sooner.
+            raise stop.error() from None
 
 
-def _train(config: TrainConfig, console: Console, stop: StopSignals, stack: contextlib.ExitStack) -> Run:
+def _train(
+    config: TrainConfig, console: Console, stop: StopSignals, stack: contextlib.ExitStack, ranks: Ranks
+) -> Run:
     state: dict[str, Any] | None = None
     built = config
     if config.resume is not None:
         run = Run(Path(config.resume).expanduser())
-        stack.enter_context(run.claimed())
+        if ranks.first:
+            stack.enter_context(run.claimed())
+        # Who finds the folder claimed ends, before any other process reads it.
+        ranks.barrier()
         # A run that was killed while its homes were loading has neither, and begins.
         if run.checkpoints() or run.read_metrics():
             state = run.load_checkpoint("latest")
@@ -86,28 +105,37 @@ def _train(config: TrainConfig, console: Console, stop: StopSignals, stack: cont
             built = without_weight_files(config)
     else:
         check_weights(config)
-    train_split = load_split(config, config.scenes.train_split)
-    val_split = load_split(config, config.scenes.val_split)
+    with ranks.one_before_others():
+        # What is made and kept, such as generated homes, is made once.
+        train_split = load_split(config, config.scenes.train_split)
+        val_split = load_split(config, config.scenes.val_split)
     check_scenes(train_split.scenes.values())
-    model = make_model(built, train_split)
+    model = make_model(built, share_of_scenes(config, train_split, ranks), ranks)
     assert model.env is not None
     stack.callback(model.env.close)
     memory = plan_memory(config, model, val_split.scenes.values())
     memory.check()
     # Not before everything is built: what fails by then should leave no folder behind.
     if config.resume is None:
-        run = Run.create(_run_dir(config), to_yaml(config))
-        stack.enter_context(run.claimed())
+        path = ""
+        if ranks.first:
+            run = Run.create(_run_dir(config), to_yaml(config))
+            stack.enter_context(run.claimed())
+            path = str(run.path)
+        run = Run(ranks.broadcast(path))
     trainer = Trainer(config, run, model, val_split, console, stop)
     if state is not None:
         trainer.load(state)
-        # A resumed run may have other settings, such as a longer budget, and its folder says so.
-        run.write_config(to_yaml(dataclasses.replace(config, resume=None)))
+        if ranks.first:
+            # A resumed run may have other settings, such as a longer budget, and its folder says so.
+            run.write_config(to_yaml(dataclasses.replace(config, resume=None)))
     console.print(plan(config, run, model, train_split, val_split, memory))
     trainer.train()
     if stop.number is None:
-        _conclude(config, run, console)
+        _conclude(config, run, console, ranks)
         return run
+    if not ranks.first:
+        raise stop.error()
     from navagent.evaluation.report import write_report
 
     console.print(
@@ -118,13 +146,19 @@ def _train(config: TrainConfig, console: Console, stop: StopSignals, stack: cont
     raise stop.error()
 
 
-def make_model(config: TrainConfig, split: Split) -> PPO:
-    """The algorithm with its environment over a split's episodes, and its policy."""
+def make_model(config: TrainConfig, split: Split, ranks: Ranks | None = None) -> PPO:
+    """The algorithm with its environment over a split's episodes, and its policy.
+
+    Each of several ``ranks`` makes its own, and they learn together.
+    """
     from policies.actor_critic import NavigationPolicy
 
     algorithm = config.algorithm
+    ranks = ranks or Ranks()
     # The environment's seed differs from the policy's by name only: each has a generator of its own.
-    env = make_vector_env(config, split.episodes, split.scenes, algorithm.num_envs, seed=config.seed)
+    env = make_vector_env(
+        config, split.episodes, split.scenes, algorithm.num_envs, seed=config.seed, ranks=ranks
+    )
     return PPO(
         NavigationPolicy,
         SB3VecEnv(env),
@@ -147,10 +181,12 @@ def make_model(config: TrainConfig, split: Split) -> PPO:
             mixing_fraction=algorithm.imitation_mixing,
             inflection_weight=algorithm.inflection_weight,
             # A minibatch is made of whole sequences: at most one for each environment.
-            num_minibatches=min(algorithm.imitation_minibatches, algorithm.num_envs),
+            num_minibatches=min(algorithm.imitation_minibatches, algorithm.num_envs * ranks.size),
             anchor_coef=algorithm.anchor_coef,
             anchor_frames=algorithm.anchor_frames,
         ),
+        ranks=ranks,
+        sync_frac=config.distributed.sync_frac,
         policy_kwargs=policy_settings(config),
         seed=config.seed,
         device=training_device(config.device),
@@ -173,6 +209,7 @@ class Trainer(BaseCallback):
         super().__init__()
         self.config, self.run, self.console = config, run, console
         self.model: PPO = model
+        self.ranks = model.ranks
         algorithm = config.algorithm
         self.vector_env: PointNavVectorEnv = model.env.vector_env  # type: ignore[union-attr]
         self.curriculum: PathLengthCurriculum | None = None
@@ -213,7 +250,7 @@ class Trainer(BaseCallback):
         """Trains to the end, or until a signal or a limit stops it."""
         total = self.config.algorithm.total_frames
         start = self.model.num_timesteps
-        writer = RunWriter(self.run, start if self.resumed else None)
+        writer = RunWriter(self.run if self.ranks.first else None, start if self.resumed else None)
         self.model.set_logger(Logger(None, [writer]))
         self.progress = TrainingProgress(self.console, total, start)
         self.writer = writer
@@ -225,13 +262,19 @@ class Trainer(BaseCallback):
             # A run may have been stopped just when an evaluation was due.
             if self._evaluation_is_due():
                 self.evaluate()
-            if start < total and self.stop.number is None and not self._out_of_time():
+            if start < total and not self._agreed_to_stop() and not self._out_of_time():
                 try:
                     self.model.learn(total - start, callback=self, reset_num_timesteps=not self.resumed)
                 except Stopped:
                     given_up = True
+                except RankLostError:
+                    if self.stop.number is None:
+                        raise
+                    # Another process has given up sooner.
+                    given_up = True
             measured = self.evaluated_frames == self.model.num_timesteps
-            if self.config.evaluation.every_frames and not measured and self.stop.number is None:
+            wanted = self.config.evaluation.every_frames and not measured and not given_up
+            if wanted and not self._agreed_to_stop():
                 self.evaluate()
             if self._val_env is not None:
                 self._val_env.close()
@@ -243,6 +286,13 @@ class Trainer(BaseCallback):
             self.stop.last_resort = None
         stopping.remove()
         writer.close()
+
+    def _agreed_to_stop(self) -> bool:
+        """Whether a signal has come to any process; all ask at once, and get the same answer."""
+        (number,) = self.ranks.largest([self.stop.number or 0])
+        if number:
+            self.stop.ask(int(number))
+        return number > 0
 
     def _evaluation_is_due(self) -> bool:
         """Whether a multiple of ``evaluation.every_frames`` was passed since the newest evaluation."""
@@ -270,6 +320,8 @@ class Trainer(BaseCallback):
 
     def _stop_if_pressed(self) -> None:
         """Gives up the rollout or update in progress, where a signal cannot wait for its end."""
+        if self.stop.number in URGENT:
+            self.ranks.hand_on(self.stop.number)
         if self.stop.pressing and (self._begun is not None or self._begun_frames == self.saved_frames):
             raise Stopped(self.stop.status)
 
@@ -278,7 +330,7 @@ class Trainer(BaseCallback):
 
         Whoever calls holds ``stop.saving``.
         """
-        if self.saved_frames >= self._begun_frames:
+        if self.saved_frames >= self._begun_frames or not self.ranks.first:
             return True
         if self._begun is None:
             return False
@@ -295,8 +347,12 @@ class Trainer(BaseCallback):
     def on_update_end(self) -> bool:
         """Called by the algorithm after each update; False ends the training."""
         frames = self.model.num_timesteps
-        self.trained_seconds += time.monotonic() - self._clock
-        self._update_seconds = time.monotonic() - self._begun_at
+        now = time.monotonic()
+        saving_is_due = now - self._saved_at >= 60 * self.config.checkpoint.every_minutes
+        # By one clock for all.
+        self.trained_seconds, self._update_seconds, due = self.ranks.largest(
+            [self.trained_seconds + now - self._clock, now - self._begun_at, saving_is_due]
+        )
         if self.curriculum is not None:
             successes = [episode["success"] for episode in self.model.episodes_of_rollout]
             self.curriculum.update(frames, successes)
@@ -306,15 +362,15 @@ class Trainer(BaseCallback):
         self.progress.update(
             self.model.phase, frames, self.writer.newest, left / rate if rate > 0 else math.inf
         )
-        if self._evaluation_is_due() and self.stop.number is None:
+        if self._evaluation_is_due() and not self._agreed_to_stop():
             self.evaluate()
-        elif time.monotonic() - self._saved_at >= 60 * self.config.checkpoint.every_minutes:
+        elif due:
             self.save()
         out_of_time = self._out_of_time()
         if out_of_time:
             self.progress.say(f"{duration(self.trained_seconds)} of training are over")
         self._clock = time.monotonic()
-        return self.stop.number is None and not out_of_time
+        return not self._agreed_to_stop() and not out_of_time
 
     def _apply_curriculum(self) -> None:
         assert self.curriculum is not None
@@ -329,6 +385,7 @@ class Trainer(BaseCallback):
         The checkpoint comes first, so that a signal can end the evaluation; it is then done again when the
         run is resumed.
         """
+        from navagent.evaluation.evaluate import gathered
         from navagent.evaluation.metrics import scalars, summarise
 
         frames = self.model.num_timesteps
@@ -336,10 +393,14 @@ class Trainer(BaseCallback):
             self.save()
         self.progress.waiting("evaluation")
         started = time.monotonic()
-        try:
-            with self.stop.at_once():
-                results = self._measure()
-        except (Stopped, KeyboardInterrupt):
+        results: list[EpisodeResult] = []
+        with contextlib.suppress(Stopped, KeyboardInterrupt), self.stop.at_once():
+            results = self._measure()
+        if self._agreed_to_stop():
+            return
+        results = gathered(results, self.ranks)
+        self.evaluated_frames = frames
+        if not self.ranks.first:
             return
         summary = summarise(results)
         success, spl = summary["success"], summary["spl"]
@@ -349,7 +410,6 @@ class Trainer(BaseCallback):
             # Before the line that says so: whoever is killed in between evaluates again.
             self.run.mark_best(self.run.checkpoint(frames))
         self.writer.write_now(frames, {**scalars(summary), "eval/episodes": len(results)})
-        self.evaluated_frames = frames
         self.progress.say(
             f"{frames:,} frames: in unseen homes ({len(results)} episodes) success {success.mean:.2f} "
             f"({success.low:.2f}-{success.high:.2f}), SPL {spl.mean:.2f} ({spl.low:.2f}-{spl.high:.2f}), "
@@ -357,14 +417,16 @@ class Trainer(BaseCallback):
         )
 
     def _measure(self) -> list[EpisodeResult]:
-        """Results of the evaluation's episodes."""
+        """Results of this process's share of the evaluation's episodes."""
         from gymnasium.vector import AutoresetMode
 
         from navagent.evaluation.agents import PolicyAgent
         from navagent.evaluation.evaluate import evaluate_agent, spread
 
         settings = self.config.evaluation
-        episodes = spread(self.val_split.episodes, settings.num_episodes)
+        episodes = self.ranks.share(spread(self.val_split.episodes, settings.num_episodes))
+        if not episodes:
+            return []
         if self._val_env is None:
             self._val_env = make_vector_env(
                 self.config,
@@ -375,7 +437,7 @@ class Trainer(BaseCallback):
                 autoreset_mode=AutoresetMode.NEXT_STEP,
             )
         agent = PolicyAgent(self.model.policy, deterministic=settings.deterministic)
-        return evaluate_agent(self._val_env, agent, settings.seed)
+        return evaluate_agent(self._val_env, agent, settings.seed, lambda *_: self.ranks.check())
 
     def _state(self) -> dict[str, Any]:
         """Everything that decides how the training goes on."""
@@ -397,14 +459,21 @@ class Trainer(BaseCallback):
         """
         frames = self.model.num_timesteps
         self._saved_at = time.monotonic()
-        try:
-            with self.stop.saving:
-                self.writer.flush()
-                self.run.save_checkpoint(frames, self._state(), self.config.checkpoint.keep)
-                self.saved_frames = frames
-        except OSError as error:
-            self._not_saved(frames, error, last)
+        state = self._state()
+        problem: OSError | None = None
+        if self.ranks.first:
+            try:
+                with self.stop.saving:
+                    self.writer.flush()
+                    self.run.save_checkpoint(frames, state, self.config.checkpoint.keep)
+                    self.saved_frames = frames
+            except OSError as error:
+                problem = error
+        if self.ranks.largest([problem is not None])[0]:
+            if problem is not None:
+                self._not_saved(frames, problem, last)
         else:
+            self.saved_frames = frames
             self._unsaved_since = None
 
     def _not_saved(self, frames: int, error: OSError, last: bool) -> None:
@@ -439,17 +508,24 @@ class Trainer(BaseCallback):
             raise CheckpointError(f"{file}: does not fit the settings of {self.run.path}: {error}") from error
         self.saved_frames = self.model.num_timesteps
         self.resumed = True
-        self.run.truncate_metrics(self.model.num_timesteps)
-        evaluations = [record for record in self.run.read_metrics() if "eval/spl" in record]
-        self.evaluated_frames = max((record["frames"] for record in evaluations), default=0)
+        evaluations: list[dict[str, Any]] = []
+        if self.ranks.first:
+            self.run.truncate_metrics(self.model.num_timesteps)
+            evaluations = [record for record in self.run.read_metrics() if "eval/spl" in record]
+        self.evaluated_frames = self.ranks.broadcast(
+            max((record["frames"] for record in evaluations), default=0)
+        )
         self.best_spl = max((record["eval/spl"] or 0.0 for record in evaluations), default=-1.0)
 
 
 class RunWriter(KVWriter):
     """Sends the logger's numbers to the run's metrics and to TensorBoard."""
 
-    def __init__(self, run: Run, frames: int | None) -> None:
-        """``frames`` were trained before by a run that goes on; TensorBoard hides what came after them."""
+    def __init__(self, run: Run | None, frames: int | None) -> None:
+        """``frames`` were trained before by a run that goes on; TensorBoard hides what came after them.
+
+        Without a run, as in all processes but the first, nothing is written.
+        """
         self.run = run
         self.newest: dict[str, Any] = {}
         """The newest record."""
@@ -469,6 +545,8 @@ class RunWriter(KVWriter):
 
     def write_now(self, frames: int, record: dict[str, Any]) -> None:
         """Writes one record of numbers and text; what a full disk does not take waits for :meth:`flush`."""
+        if self.run is None:
+            return
         self._unwritten.append((frames, record))
         self._unshown.append((frames, record))
         with contextlib.suppress(OSError):
@@ -480,19 +558,21 @@ class RunWriter(KVWriter):
         Raises:
             OSError: the disk does not take it.
         """
+        if self.run is None:
+            return
         while self._unwritten:
             frames, record = self._unwritten[0]
             self.run.append_metrics({"frames": frames, **record})
             del self._unwritten[0]
-        self._show()
+        self._show(self.run)
 
-    def _show(self) -> None:
+    def _show(self, run: Run) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         try:
             if self._board is None:
                 purge = None if self._frames is None else self._frames + 1
-                self._board = SummaryWriter(str(self.run.tensorboard_dir), purge_step=purge)
+                self._board = SummaryWriter(str(run.tensorboard_dir), purge_step=purge)
             for frames, record in self._unshown:
                 for key, value in record.items():
                     if isinstance(value, (int, float)):
@@ -532,7 +612,10 @@ def plan(
     weights = "random" if config.adaptation.name == "scratch" else config.encoder.weights
     weights = "pre-trained" if weights == "default" else weights
     network = f"; {config.encoder.name} ({weights} weights) with {config.adaptation.name}" if eyes else ""
-    algorithm = config.algorithm
+    algorithm, ranks = config.algorithm, model.ranks
+    processes = f" in each of {ranks.size} processes" if ranks.size > 1 else ""
+    own = len(model.env.vector_env.sampler.scene_ids)  # type: ignore[union-attr]
+    shard = f", {own} in this process" if own < len(train_split.scenes) else ""
     teaching = (
         f"{algorithm.imitation_frames:,} taught by an expert that knows the shortest path, then PPO"
         if algorithm.imitation_frames
@@ -544,10 +627,10 @@ def plan(
     rows = {
         "agent": f"sees {eyes or 'nothing'}{network}; {config.memory.name} of {config.memory.hidden_size}",
         "parameters": f"{trained:,} learned, {held:,} frozen",
-        "homes": f"{len(train_split.scenes)} to train in ({len(train_split.episodes):,} episodes), "
+        "homes": f"{len(train_split.scenes)} to train in ({len(train_split.episodes):,} episodes){shard}, "
         f"{len(val_split.scenes)} unseen ones to evaluate in ({len(val_split.episodes):,})",
         "training": f"{algorithm.total_frames:,} frames ({teaching}), {algorithm.num_envs} agents x "
-        f"{algorithm.num_steps} steps a rollout",
+        f"{algorithm.num_steps} steps a rollout{processes}",
         "memory": memory.describe(),
         "features": "; ".join(f"{image}: {how}" for image, how in feature_storage(policy).items()) or "none",
         "device": f"{model.device}, {torch.get_num_threads()} threads, seed {config.seed}",
@@ -566,14 +649,15 @@ def _run_dir(config: TrainConfig) -> Path:
     return Path("runs") / f"{stamp}-{config.adaptation.name}-{seen}"
 
 
-def _conclude(config: TrainConfig, run: Run, console: Console) -> None:
+def _conclude(config: TrainConfig, run: Run, console: Console, ranks: Ranks) -> None:
     """The final evaluation beside other agents, with pictures and the report."""
     from navagent.evaluation.command import EvaluateOptions, evaluate_run
     from navagent.evaluation.report import write_report
 
     settings = config.evaluation
     if settings.final_episodes == 0:
-        console.print(f"report   {write_report(run)}", soft_wrap=True)
+        if ranks.first:
+            console.print(f"report   {write_report(run)}", soft_wrap=True)
         return
     agents = ["run", *filter(None, (name.strip() for name in settings.baselines.split(",")))]
     evaluate_run(
@@ -588,4 +672,5 @@ def _conclude(config: TrainConfig, run: Run, console: Console) -> None:
             device=config.device,
         ),
         console,
+        ranks,
     )

@@ -15,7 +15,15 @@ from string import Template
 from typing import Any
 
 from envs.files import atomic_write
-from navagent.config import TrainConfig, as_typed, flatten, option_help, read_config, to_yaml
+from navagent.config import (
+    AdaptationConfig,
+    TrainConfig,
+    as_typed,
+    flatten,
+    option_help,
+    read_config,
+    to_yaml,
+)
 from navagent.evaluation.curves import DARK, draw_curves
 from navagent.evaluation.metrics import MEASURES, Estimate, from_json
 from navagent.runs import Run, RunError
@@ -110,12 +118,22 @@ def write_report(run: Run) -> Path:
 
 def reproduce_command(config: TrainConfig) -> str:
     """The command line that trains with these settings, only what differs from the defaults named."""
-    defaults = flatten(TrainConfig())
-    words = ["navagent", "train"]
-    for name, value in flatten(config).items():
-        if value != defaults[name] and name not in _NOT_THE_EXPERIMENT:
-            words.append(f"{name}={as_typed(value)}")
-    return shlex.join(words)
+    changed = (f"{name}={as_typed(value)}" for name, value in _changed(config).items())
+    return shlex.join(["navagent", "train", *changed])
+
+
+def _changed(config: TrainConfig) -> dict[str, Any]:
+    """The settings of the experiment that differ from the defaults, by dotted name.
+
+    A method's settings are held against its own defaults: other methods lack them, or mean another thing.
+    """
+    defaults = flatten(TrainConfig(adaptation=AdaptationConfig(config.adaptation.name)))
+    defaults["adaptation.name"] = TrainConfig().adaptation.name
+    return {
+        name: value
+        for name, value in flatten(config).items()
+        if value != defaults[name] and name not in _NOT_THE_EXPERIMENT
+    }
 
 
 def data_uri(path: Path) -> str:
@@ -340,11 +358,9 @@ def _other_evaluation(evaluation: Evaluation) -> str:
 
 
 def _settings(config: TrainConfig) -> str:
-    defaults, values = flatten(TrainConfig()), flatten(config)
     changed = [
         f"<li>{escape(name)} = <b>{escape(as_typed(value))}</b></li>"
-        for name, value in values.items()
-        if value != defaults[name] and name not in _NOT_THE_EXPERIMENT
+        for name, value in _changed(config).items()
     ]
     told = "Those that differ from the defaults:" if changed else "All are the defaults."
     return (

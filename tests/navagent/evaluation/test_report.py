@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from navagent.config import load_config, write_config
+from navagent.config import load_config, to_yaml, write_config
 from navagent.evaluation.metrics import paired_difference, summarise, to_json
 from navagent.evaluation.report import read_evaluations, reproduce_command, write_report
 from navagent.evaluation.video import write_video
@@ -179,3 +179,23 @@ def test_the_command_to_repeat_a_run_gives_its_settings_back(tmp_path):
     again = load_config([*words[2:], "run_dir=x y"])
     assert again == config
     write_config(again, tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("options", "own"),
+    [
+        (["adaptation=hst", "encoder=vit_mini"], []),
+        (["adaptation=spottune", "encoder=resnet_small", "adaptation.noise=false"], ["noise=false"]),
+        # Side-tuning's default, which is another setting of the same name.
+        (["adaptation=lora", "adaptation.alpha=0.5"], ["alpha=0.5"]),
+    ],
+)
+def test_a_methods_own_settings_are_repeated_and_reported(evaluated, options, own):
+    config = load_config(options)
+    words = shlex.split(reproduce_command(config))
+    expected = [f"adaptation.name={config.adaptation.name}", *(f"adaptation.{setting}" for setting in own)]
+    assert [word for word in words if word.startswith("adaptation.")] == expected
+    assert load_config(words[2:]) == config
+    evaluated.write_config(to_yaml(config))
+    text = Page(write_report(evaluated).read_text()).text
+    assert all(word.replace("=", " = ") in text for word in expected)

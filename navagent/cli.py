@@ -5,8 +5,6 @@ Nothing heavy is imported before a verb needs it: ``navagent --help`` takes a mo
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import os
 import shutil
 import sys
@@ -15,14 +13,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
+from navagent.arguments import BAD_INPUT, UsageError, command_parser, nearest
 from navagent.installation import ShadowedPackageError, check_packages
 
 FAILED = 1
 """Exit status where training broke down."""
-BAD_INPUT = 2
-"""Exit status where what was asked for cannot be done."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
@@ -41,39 +38,6 @@ Start here:
   navagent evaluate RUN                   measure a trained agent; RUN is its folder under runs/
   open RUN/report.html                    what came of it, on one page
 """
-
-
-class _UsageError(ValueError):
-    """A command line that does not parse."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors name the nearest right option and leave the exit to :func:`main`."""
-
-    def error(self, message: str) -> NoReturn:
-        words = message.split()
-        for word in words:
-            options = list(self._option_string_actions)
-            close = difflib.get_close_matches(word.split("=")[0], options, n=1) if word[:1] == "-" else []
-            if close and close[0] not in words:
-                message += f"; did you mean {close[0]}?"
-                break
-        raise _UsageError(f"{message} (see `{self.prog} --help`)")
-
-
-def _parser(verb: str, description: str, examples: str) -> _Parser:
-    return _Parser(
-        prog=f"navagent {verb}",
-        description=textwrap.fill(description, 96),
-        epilog="examples:\n" + textwrap.indent(textwrap.dedent(examples).strip("\n"), "  "),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _train_help() -> str:
@@ -137,10 +101,10 @@ def _train(arguments: Sequence[str]) -> int:
         return 0
     for flag in flags:
         if flag != "--show-config":
-            hint = _nearest(flag, ["--show-config", "--help"])
+            hint = nearest(flag, ["--show-config", "--help"])
             if not hint and "=" in flag:
                 hint = f"; settings are written without dashes: {flag.lstrip('-')}"
-            raise _UsageError(f"unknown option {flag}{hint} (see `navagent train --help`)")
+            raise UsageError(f"unknown option {flag}{hint} (see `navagent train --help`)")
     from navagent.config import load_config, to_yaml
 
     config = load_config([word for word in arguments if not word.startswith("-")])
@@ -154,7 +118,7 @@ def _train(arguments: Sequence[str]) -> int:
 
 
 def _evaluate(arguments: Sequence[str]) -> int:
-    parser = _parser(
+    parser = command_parser(
         "evaluate",
         "Measures a trained agent on a split of PointNav episodes: a table with 95 % intervals, one JSON "
         "line an episode, maps with its paths, videos, and other agents beside it.",
@@ -205,7 +169,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
 
 
 def _pretrain(arguments: Sequence[str]) -> int:
-    parser = _parser(
+    parser = command_parser(
         "pretrain",
         "Trains a perception encoder, with its decoder, on ground truth of the simulator, and says how good "
         "it is in homes it has not seen. Ctrl-C saves; the same command goes on.",
@@ -264,8 +228,8 @@ def _scenes(arguments: Sequence[str]) -> int:
         print(SCENES_HELP)
         return 0 if arguments else BAD_INPUT
     if arguments[0] not in actions:
-        raise _UsageError(
-            f"scenes: there is no action {arguments[0]!r}{_nearest(arguments[0], list(actions))} "
+        raise UsageError(
+            f"scenes: there is no action {arguments[0]!r}{nearest(arguments[0], list(actions))} "
             f"(actions: {', '.join(actions)}; see `navagent scenes --help`)"
         )
     return actions[arguments[0]](arguments[1:])
@@ -286,7 +250,7 @@ examples:
 
 
 def _scenes_generate(arguments: Sequence[str]) -> int:
-    parser = _parser(
+    parser = command_parser(
         "scenes generate",
         "Writes procedural homes with train and val episodes, no scene shared between them, in a folder that "
         "Habitat opens too. The same seed gives the same bytes.",
@@ -324,7 +288,7 @@ def _scenes_generate(arguments: Sequence[str]) -> int:
 
 
 def _scenes_show(arguments: Sequence[str]) -> int:
-    parser = _parser(
+    parser = command_parser(
         "scenes show",
         "Draws a scene's map, a floor each, and views from a few places to one PNG.",
         """
@@ -358,11 +322,11 @@ def _weights(arguments: Sequence[str]) -> int:
         return 0 if arguments else BAD_INPUT
     action, rest = arguments[0], arguments[1:]
     if action not in WEIGHTS_ACTIONS:
-        raise _UsageError(
-            f"weights: there is no action {action!r}{_nearest(action, list(WEIGHTS_ACTIONS))} "
+        raise UsageError(
+            f"weights: there is no action {action!r}{nearest(action, list(WEIGHTS_ACTIONS))} "
             f"(actions: {', '.join(WEIGHTS_ACTIONS)}; see `navagent weights --help`)"
         )
-    parser = _parser(f"weights {action}", *WEIGHTS_ACTIONS[action])
+    parser = command_parser(f"weights {action}", *WEIGHTS_ACTIONS[action])
     if action == "list":
         parser.add_argument(
             "words", metavar="WORD", nargs="*", help="show only what these words are found in"
@@ -463,8 +427,14 @@ examples:
 `navagent weights fetch --help` and so on tell more."""
 
 
+def _adapt(arguments: Sequence[str]) -> int:
+    from navagent.adapt_command import adapt
+
+    return adapt(arguments)
+
+
 def _reference(arguments: Sequence[str]) -> int:
-    parser = _parser(
+    parser = command_parser(
         "reference",
         "Holds the built-in simulator and the task against a folder of recordings of real Habitat, and "
         "prints every figure with its bar. Exit status 1 where one is missed.",
@@ -487,6 +457,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "pretrain": (_pretrain, "train a perception encoder on the simulator's ground truth"),
     "scenes": (_scenes, "generate homes to navigate; draw scenes"),
     "weights": (_weights, "list, fetch, import and check published weights"),
+    "adapt": (_adapt, "list what adaptation methods cost; distil side networks; compare all methods"),
     "reference": (_reference, "hold the simulator against recordings of real Habitat"),
 }
 """Each verb with what runs it and one line on what it is for."""
@@ -508,8 +479,8 @@ def _dispatch(arguments: Sequence[str]) -> int:
         return 0
     verb = arguments[0]
     if verb not in VERBS:
-        raise _UsageError(
-            f"there is no verb {verb!r}{_nearest(verb, list(VERBS))} (verbs: {', '.join(VERBS)}; "
+        raise UsageError(
+            f"there is no verb {verb!r}{nearest(verb, list(VERBS))} (verbs: {', '.join(VERBS)}; "
             f"see `navagent --help`)"
         )
     return VERBS[verb][0](arguments[1:])

@@ -1,0 +1,53 @@
+"""What the command line's parsers share. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import textwrap
+from collections.abc import Sequence
+from typing import NoReturn
+
+BAD_INPUT = 2
+"""Exit status where what was asked for cannot be done."""
+
+
+class UsageError(ValueError):
+    """A command line that does not parse."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors name the nearest right option and leave the exit to the caller."""
+
+    def error(self, message: str) -> NoReturn:
+        words = message.split()
+        for word in words:
+            options = list(self._option_string_actions)
+            close = difflib.get_close_matches(word.split("=")[0], options, n=1) if word[:1] == "-" else []
+            if close and close[0] not in words:
+                message += f"; did you mean {close[0]}?"
+                break
+        raise UsageError(f"{message} (see `{self.prog} --help`)")
+
+
+def command_parser(verb: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """The parser of one verb, or of one action of a verb.
+
+    Args:
+        verb: what follows ``navagent``.
+        description: what it does.
+        examples: command lines, one a line.
+    """
+    return _Parser(
+        prog=f"navagent {verb}",
+        description=textwrap.fill(description, 96),
+        epilog="examples:\n" + textwrap.indent(textwrap.dedent(examples).strip("\n"), "  "),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """The known word that is most like ``word``, as the end of a message; nothing where none is."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

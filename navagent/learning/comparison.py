@@ -259,7 +259,7 @@ def _carry_out(plan: Plan, runs: Runs, shared: TransferConfig, workers: int, con
     if plan.done == plan.total:
         return
     with (
-        _crew(shared, workers) as crew,
+        crew(shared, workers) as team,
         Progress(*columns, console=console, speed_estimate_period=600) as bar,
     ):
         shown = bar.add_task("starting", total=plan.total, completed=plan.done)

@@ -68,12 +68,9 @@ def test_distil_s_options_are_its_settings():
 
 
 def test_compare_s_options_reach_its_settings(given, tmp_path):
-    words = (
-        "--task curvature --images 5,7 --seeds 2 --methods lora,ewc --bases vit_mini --steps 3 --workers 4"
-    )
-    assert (
-        adapt(["compare", str(tmp_path / "out"), "--dataset", "homes", *words.split(), "--workers", "4"]) == 0
-    )
+    words = "--task curvature --images 5,7 --seeds 2 --methods lora,ewc --bases vit_mini --steps 3"
+    out = str(tmp_path / "out")
+    assert adapt(["compare", out, "--dataset", "homes", *words.split(), "--workers", "4"]) == 0
     expected = ComparisonConfig(
         dataset=Path("homes"),
         out=tmp_path / "out",

@@ -301,6 +301,7 @@ class PPO(SequenceAlgorithm):
         self.ranks.average_statistics(policy)
         spread = self.ranks.variance(buffer.returns)
         unexplained = self.ranks.variance(buffer.returns - buffer["values"]) / spread
+        self.logger.record("train/clip_range", self.clip_range(self._current_progress_remaining))  # type: ignore[operator]
         self.logger.record("train/explained_variance", (1 - unexplained).item() if spread > 0 else 0.0)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 

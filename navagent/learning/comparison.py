@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from envs.files import atomic_write
 from navagent.learning.comparison_report import write_report
+from navagent.learning.crew import crew
 from navagent.learning.frames import FrameSource, View, describe_dataset, render_frames
 from navagent.learning.perception import TASKS
 from navagent.learning.transfer import BASE_TASK, Base, Bench, Job, Outcome, Row, TransferConfig, rows

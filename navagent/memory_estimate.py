@@ -43,6 +43,8 @@ TRIANGLE_BYTES = 140
 """A triangle of a resident scene with its share of the tree: 36 for its corners, 64 for shading, some 40."""
 TEXEL_BYTES = 4 * 4 / 3
 """A texel with its share of the coarser levels."""
+REPLAYED_BYTES = 8 + 4 + 1 + 4
+"""Action, reward, start flag and log-probability of a step that is kept to learn from again."""
 SCALAR_BYTES = 8 + 4 + 1 + 4 + 4 + 4 + 4 + 8
 """Action, reward, start flag, value, log-probability, advantage, return and the expert's action of a step."""
 
@@ -132,6 +134,8 @@ class Footprint:
     """Parameters and buffers."""
     optimiser: int
     """The optimiser's own tensors, once it has taken a step."""
+    memory: int = 0
+    """What one agent remembers."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,8 @@ class Shape:
     """The fewest of any phase: their minibatches are the largest."""
     feature_bytes: int
     """Of one stored number."""
+    replay_steps: int = 0
+    """Steps of every agent that are kept to learn from again."""
 
 
 @dataclass(frozen=True)
@@ -162,11 +168,13 @@ class Need:
     """Copies of the state, for the checkpoint and for the update in progress; in the host's memory."""
     homes: float
     """Scenes to evaluate in, roughly."""
+    replay: float = 0.0
+    """Past rollouts, the window of them that is learned from, and its copy while it is laid out."""
 
     @property
     def device(self) -> float:
         """What the device that learns must have."""
-        return self.rollout + self.minibatch + self.optimiser + self.homes
+        return self.rollout + self.replay + self.minibatch + self.optimiser + self.homes
 
 
 def need(footprint: Footprint, shape: Shape, homes: float = 0.0) -> Need:
@@ -178,13 +186,17 @@ def need(footprint: Footprint, shape: Shape, homes: float = 0.0) -> Need:
     copied = footprint.observation + SCALAR_BYTES if shape.num_minibatches > 1 else 0
     widened = 4 * footprint.stored_values if copied or shape.feature_bytes != 4 else 0
     learning = footprint.learning(batch_frames) + (copied + widened) * batch_frames
+    rollout = frames * (footprint.observation + SCALAR_BYTES + features)
+    replayed = footprint.observation + features + footprint.memory + REPLAYED_BYTES
+    ring = shape.num_envs * shape.replay_steps * replayed
     return Need(
-        rollout=frames * (footprint.observation + SCALAR_BYTES + features),
+        rollout=rollout,
         features=frames * features,
         minibatch=max(learning, footprint.acting(shape.num_envs)),
         optimiser=footprint.optimiser,
-        saving=2 * (footprint.state + footprint.optimiser),
+        saving=2 * (footprint.state + footprint.optimiser + ring),
         homes=homes,
+        replay=ring + 2 * rollout if ring else 0.0,
     )
 
 
@@ -242,6 +254,7 @@ def _trial(model: PPO, policy: Any) -> Footprint:
         learning=learning,
         state=sum(value.nbytes for value in policy.state_dict().values()),
         optimiser=sum(value.nbytes for value in moments if isinstance(value, Tensor)),
+        memory=policy.initial_memory(1).nbytes,
     )
 
 
@@ -475,6 +488,8 @@ class MemoryPlan:
         if asked.features:
             stored = f"{8 * self.shape.feature_bytes}-bit frozen features"
             parts[0] += f" ({size(asked.features)} of it {stored})"
+        if asked.replay:
+            parts.append(f"replay {size(asked.replay)}")
         parts.append(f"a minibatch {size(asked.minibatch)}")
         parts.append(f"optimiser {size(asked.optimiser)}")
         parts.append(f"saving {size(asked.saving)}")
@@ -517,6 +532,12 @@ def _smaller(shape: Shape) -> Iterable[tuple[Sequence[str], Iterable[tuple[Seque
     if shape.feature_bytes == 4:
         half = replace(shape, feature_bytes=2)
         yield ("algorithm.feature_dtype",), [(("float16",), half)]
+    shorter = [
+        replace(shape, replay_steps=kept)
+        for kept in (shape.replay_steps >> k for k in range(1, shape.replay_steps.bit_length()))
+        if kept >= shape.num_steps + 2
+    ]
+    yield ("algorithm.replay_steps",), [((each.replay_steps,), each) for each in shorter]
     divided = [replace(shape, num_minibatches=m) for m in _doubled(shape.num_minibatches, shape.num_envs)]
     minibatches = "algorithm.num_minibatches"
     yield (minibatches,), [((each.num_minibatches,), each) for each in divided]
@@ -557,7 +578,11 @@ def plan_memory(config: TrainConfig, model: PPO, val_scenes: Iterable[Path]) -> 
     return MemoryPlan(
         footprint=footprint(model),
         shape=Shape(
-            model.n_envs, model.n_steps, min(minibatches, model.n_envs), model.feature_dtype.itemsize
+            model.n_envs,
+            model.n_steps,
+            min(minibatches, model.n_envs),
+            model.feature_dtype.itemsize,
+            model.replay_steps,
         ),
         homes=homes,
         held=held_bytes(),

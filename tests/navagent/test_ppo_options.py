@@ -12,6 +12,7 @@ from navagent.learning.imitation import ImitationConfig
 from navagent.learning.lamb import Lamb
 from navagent.learning.ppo import PPO
 from navagent.learning.schedules import Decay, LearningRate
+from navagent.memory_estimate import Shape, footprint, need
 from navagent.runs import pack, read_checkpoint, unpack
 from policies.actor_critic import NavigationPolicy
 
@@ -272,6 +273,19 @@ def test_learns_from_replay():
     model = make(world=world, replay_epochs=2, replay_steps=32, learning_rate=6e-3, gamma=0.9)
     model.learn(4000)
     assert sum(episode["success"] for episode in model.recent_episodes) >= 90
+
+
+def test_the_memory_of_replay_is_counted_before_it_is_taken():
+    model = make_seeing(replay_epochs=1, replay_steps=20, feature_dtype=torch.float16)
+    policy = footprint(model)
+    counted = need(policy, Shape(4, 8, 2, 2, 20))
+    without = need(policy, Shape(4, 8, 2, 2))
+    trained(model, 32 * 3)
+    ring = model.replay.num_bytes - model.replay.window.num_bytes
+    assert counted.replay == ring + 2 * counted.rollout
+    assert counted.saving - without.saving == 2 * ring
+    assert counted.device - without.device == counted.replay
+    assert without.replay == 0
 
 
 def test_replay_of_a_wrong_size_is_refused():

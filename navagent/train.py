@@ -522,7 +522,7 @@ class RunWriter(KVWriter):
     """Sends the logger's numbers to the run's metrics and to TensorBoard."""
 
     def __init__(self, run: Run | None, frames: int | None) -> None:
-        """``frames`` were trained before by a run that goes on; TensorBoard hides what came after them.
+        """``frames`` were trained before by a run that goes on; TensorBoard hides what came since.
 
         Without a run, as in all processes but the first, nothing is written.
         """
@@ -534,6 +534,10 @@ class RunWriter(KVWriter):
         # What the disk has not taken yet, for the metrics and for TensorBoard.
         self._unwritten: list[tuple[int, dict[str, Any]]] = []
         self._unshown: list[tuple[int, dict[str, Any]]] = []
+        if run is not None and frames is not None:
+            # An evaluation of the last frames may have reached the metrics and not TensorBoard.
+            newest = [record for record in run.read_metrics() if record["frames"] == frames]
+            self._unshown = [(frames, {k: v for k, v in each.items() if k != "frames"}) for each in newest]
 
     def write(
         self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0
@@ -571,8 +575,7 @@ class RunWriter(KVWriter):
 
         try:
             if self._board is None:
-                purge = None if self._frames is None else self._frames + 1
-                self._board = SummaryWriter(str(run.tensorboard_dir), purge_step=purge)
+                self._board = SummaryWriter(str(run.tensorboard_dir), purge_step=self._frames)
             for frames, record in self._unshown:
                 for key, value in record.items():
                     if isinstance(value, (int, float)):

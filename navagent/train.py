@@ -279,8 +279,11 @@ class Trainer(BaseCallback):
             if self._val_env is not None:
                 self._val_env.close()
             if given_up:
-                with self.stop.saving:
-                    self._save_begun()
+                try:
+                    with self.stop.saving:
+                        self._save_begun()
+                except OSError as error:
+                    self._not_saved(self._begun_frames, error, last=True)
             elif self.model.num_timesteps != self.saved_frames:
                 self.save(last=True)
             self.stop.last_resort = None
@@ -309,9 +312,8 @@ class Trainer(BaseCallback):
             self.save(last=True)
         self._begun_at = time.monotonic()
         self._begun_frames = self.model.num_timesteps
-        # The ranks decide together, since each has a part of the state.
-        seconds = self.model.ranks.largest([self._update_seconds])[0]
-        kept = seconds >= KEPT_FROM_SECONDS and self._begun_frames != self.saved_frames
+        # All ranks know the same time: they decide alike, since each has a part of the state.
+        kept = self._update_seconds >= KEPT_FROM_SECONDS and self._begun_frames != self.saved_frames
         self._begun = pack(self._state()) if kept else None
 
     def _on_step(self) -> bool:

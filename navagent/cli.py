@@ -528,7 +528,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, FloatingPointError, ShadowedPackageError) as error:
-        if os.environ.get("NAVAGENT_DEBUG", "0") not in ("", "0"):
+        # An error that tells where the agents were has broken a training off: no input was wrong.
+        if os.environ.get("NAVAGENT_DEBUG", "0") not in ("", "0") or getattr(error, "__notes__", None):
             raise
         print(f"navagent: {error}", file=sys.stderr)
         return FAILED if isinstance(error, FloatingPointError) else BAD_INPUT

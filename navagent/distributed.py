@@ -20,6 +20,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -397,12 +398,14 @@ class JoinedRanks(Ranks):
 
     def accuse(self, error: BaseException) -> bool:
         """Tells the others why this rank ends; False where another rank has said the same before."""
-        said = f"{type(error).__name__}: {error}"
+        frames = traceback.extract_tb(error.__traceback__)
+        where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+        said = [self.rank, f"{type(error).__name__}: {error}", where]
         try:
-            first = json.loads(self.store.compare_set("failed", "", json.dumps([self.rank, said])))
+            first = json.loads(self.store.compare_set("failed", "", json.dumps(said)))
         except RuntimeError:
             return True
-        return bool(first[0] == self.rank or first[1] != said)
+        return bool(first[0] == self.rank or first[2] != where)
 
     def leave(self) -> None:
         """Ends the watch over the others, which are about to end too."""
@@ -498,6 +501,7 @@ def joined(device: Callable[[], torch.device]) -> Iterator[Ranks]:
             get_error_handler().record_exception(error)
         if ranks.accuse(error):
             raise
+        # Where all fail alike, as over a setting, it is said once.
         raise SystemExit(FAILED) from None
     finally:
         ranks.leave()
@@ -557,7 +561,7 @@ class _Watch(threading.Thread):
                 self.stop_signal = int(self._store.get("stop"))
                 os.kill(os.getpid(), self.stop_signal)
             if self._store.check(["failed"]):
-                rank, said = json.loads(self._store.get("failed"))
+                rank, said, _ = json.loads(self._store.get("failed"))
                 self.lost = f"rank {rank} failed: {said}"
                 return
         for rank, process in self._neighbours.items():

@@ -29,11 +29,19 @@ from navagent.build import (
     share_of_scenes,
     training_device,
 )
-from navagent.config import ConfigError, TrainConfig, to_yaml
+from navagent.config import AlgorithmConfig, ConfigError, TrainConfig, to_yaml
 from navagent.distributed import Launch, RankLostError, Ranks, joined
+from navagent.learning.auxiliary import AuxiliaryConfig
 from navagent.learning.imitation import ImitationConfig
+from navagent.learning.nonfinite import NonFinite
 from navagent.learning.ppo import PPO
-from navagent.learning.schedules import DecaySchedule, LearningRate, PathLengthCurriculum
+from navagent.learning.schedules import (
+    Decay,
+    DecaySchedule,
+    LearningRate,
+    PathLengthCurriculum,
+    square_root_scale,
+)
 from navagent.memory_estimate import MemoryPlan, check_scenes, feature_storage, plan_memory
 from navagent.preemption import URGENT, Stopped, StopSignals
 from navagent.progress import TrainingProgress, duration
@@ -134,16 +142,33 @@ def _train(
     if stop.number is None:
         _conclude(config, run, console, ranks)
         return run
-    if not ranks.first:
-        raise stop.error()
-    from navagent.evaluation.report import write_report
+    if ranks.first:
+        from navagent.evaluation.report import write_report
 
-    console.print(
-        f"stopped after {trainer.saved_frames:,} frames; go on with\n  navagent train resume={run.path}",
-        soft_wrap=True,
-    )
-    write_report(run)
+        console.print(
+            f"stopped after {trainer.saved_frames:,} frames; go on with\n  navagent train resume={run.path}",
+            soft_wrap=True,
+        )
+        write_report(run)
+    if not trainer.given_up:
+        # A launcher ends all when one has ended: the one who draws the report should be done before.
+        ranks.barrier()
     raise stop.error()
+
+
+def learning_rate(algorithm: AlgorithmConfig, processes: int = 1) -> LearningRate:
+    """The learning rate of the settings, for as many processes that learn together."""
+    scale = 1.0
+    if algorithm.scale_learning_rate:
+        frames = algorithm.num_steps * algorithm.num_envs * processes
+        scale = square_root_scale(max(1, frames // algorithm.num_minibatches))
+    return LearningRate(
+        scale * algorithm.learning_rate,
+        cast(DecaySchedule, algorithm.learning_rate_schedule),
+        # What is left is the same for every size of minibatch.
+        algorithm.learning_rate_final / scale,
+        algorithm.learning_rate_warmup,
+    )
 
 
 def make_model(config: TrainConfig, split: Split, ranks: Ranks | None = None) -> PPO:
@@ -159,22 +184,30 @@ def make_model(config: TrainConfig, split: Split, ranks: Ranks | None = None) ->
     env = make_vector_env(
         config, split.episodes, split.scenes, algorithm.num_envs, seed=config.seed, ranks=ranks
     )
+    clipping = cast(DecaySchedule, algorithm.clip_range_schedule)
+    clip_range_vf = algorithm.clip_range_vf
     return PPO(
         NavigationPolicy,
         SB3VecEnv(env),
-        learning_rate=LearningRate(
-            algorithm.learning_rate, cast(DecaySchedule, algorithm.learning_rate_schedule)
-        ),
+        learning_rate=learning_rate(algorithm, ranks.size),
         n_steps=algorithm.num_steps,
         n_minibatches=algorithm.num_minibatches,
         n_epochs=algorithm.epochs,
         gamma=algorithm.gamma,
         gae_lambda=algorithm.gae_lambda,
-        clip_range=algorithm.clip_range,
+        clip_range=Decay(algorithm.clip_range, clipping),
+        clip_range_vf=None if clip_range_vf is None else Decay(clip_range_vf, clipping),
+        clip_value_loss=algorithm.clip_value_loss,
+        normalize_advantage=algorithm.normalize_advantage,
+        normalize_returns=algorithm.normalize_returns,
         ent_coef=algorithm.ent_coef,
         vf_coef=algorithm.vf_coef,
         max_grad_norm=algorithm.max_grad_norm,
         target_kl=algorithm.target_kl,
+        replay_epochs=algorithm.replay_epochs,
+        replay_steps=algorithm.replay_steps,
+        auxiliary=AuxiliaryConfig(algorithm.cpc_coef, algorithm.inverse_dynamics_coef),
+        nonfinite=cast(NonFinite, algorithm.nonfinite),
         feature_dtype=getattr(torch, algorithm.feature_dtype),
         imitation=ImitationConfig(
             frames=algorithm.imitation_frames,
@@ -210,6 +243,7 @@ class Trainer(BaseCallback):
         self.config, self.run, self.console = config, run, console
         self.model: PPO = model
         self.ranks = model.ranks
+        model.guard.folder = run.path
         algorithm = config.algorithm
         self.vector_env: PointNavVectorEnv = model.env.vector_env  # type: ignore[union-attr]
         self.curriculum: PathLengthCurriculum | None = None
@@ -239,6 +273,8 @@ class Trainer(BaseCallback):
         self.stop = stop or StopSignals(console.print)
         self.resumed = False
         """Whether this goes on from a checkpoint."""
+        self.given_up = False
+        """Whether the training was stopped in the middle of an update."""
         self._saved_at = self._clock = self._begun_at = time.monotonic()
         self._unsaved_since: float | None = None
         # What the update in progress began with: frames, and a copy where it may take long.
@@ -257,7 +293,6 @@ class Trainer(BaseCallback):
         self._clock = self._saved_at = time.monotonic()
         stopping = self.model.policy.optimizer.register_step_post_hook(lambda *_: self._stop_if_pressed())
         self.stop.last_resort = self._save_begun
-        given_up = False
         with self.stop.deferred(), self.progress:
             # A run may have been stopped just when an evaluation was due.
             if self._evaluation_is_due():
@@ -266,19 +301,19 @@ class Trainer(BaseCallback):
                 try:
                     self.model.learn(total - start, callback=self, reset_num_timesteps=not self.resumed)
                 except Stopped:
-                    given_up = True
+                    self.given_up = True
                 except RankLostError:
                     if self.stop.number is None:
                         raise
                     # Another process has given up sooner.
-                    given_up = True
+                    self.given_up = True
             measured = self.evaluated_frames == self.model.num_timesteps
-            wanted = self.config.evaluation.every_frames and not measured and not given_up
+            wanted = self.config.evaluation.every_frames and not measured and not self.given_up
             if wanted and not self._agreed_to_stop():
                 self.evaluate()
             if self._val_env is not None:
                 self._val_env.close()
-            if given_up:
+            if self.given_up:
                 try:
                     with self.stop.saving:
                         self._save_begun()

@@ -28,6 +28,7 @@ from navagent.learning.nonfinite import FiniteGuard, NonFinite
 from navagent.learning.normalise import Moments, ReturnNormaliser
 from navagent.learning.replay import Replay
 from navagent.learning.rollout import SequenceBuffer, TensorEnv, tensor_env
+from navagent.runs import RunError
 
 _AGENTS_LISTED = 16
 """So many agents' whereabouts are told one by one."""
@@ -357,8 +358,6 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         """Where this process's agents are, as far as their environment can tell."""
         env: Any = getattr(self._tensor_env, "env", None)
         place = f"after {self.num_timesteps:,} frames"
-        if self.ranks.size > 1:
-            place = f"rank {self.ranks.rank} of {self.ranks.size}, {place}"
         if not hasattr(env, "current_episodes"):
             return place
         agents = [
@@ -370,7 +369,7 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         listed = agents[:_AGENTS_LISTED]
         if len(agents) > len(listed):
             listed.append(f"and {len(agents) - len(listed):,} more")
-        return f"{place}, its agents in\n  " + "\n  ".join(listed)
+        return "\n  ".join([f"{place}, with its agents in", *listed])
 
     def _tell_whereabouts(self) -> None:
         if self.ranks.size > 1:
@@ -381,10 +380,11 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         """Lets an unforeseen error say where the agents were."""
         try:
             yield
-        except (FloatingPointError, RankLostError):
+        except (FloatingPointError, RankLostError, RunError):
             raise
         except Exception as error:
-            error.add_note(self._whereabouts())
+            who = f"rank {self.ranks.rank} of {self.ranks.size}" if self.ranks.size > 1 else "the training"
+            error.add_note(f"{who} broke off {self._whereabouts()}")
             raise
 
     def _values(self, observations: dict[str, Tensor], memory: Tensor, starts: Tensor) -> Tensor:
@@ -448,9 +448,10 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         assert self.env is not None
         if len(state["ranks"]) != self.ranks.size:
             before = len(state["ranks"])
+            how = f"torchrun --nproc-per-node={before}" if before > 1 else "no torchrun"
             raise ValueError(
-                f"it is the state of {before} process{'es' * (before > 1)}, and this run has "
-                f"{self.ranks.size}; start it with {before} (torchrun --nproc-per-node={before})"
+                f"it holds the agents of {before} process{'es' * (before > 1)}, and these are "
+                f"{self.ranks.size}; go on with {before} ({how})"
             )
         state = state | state["ranks"][self.ranks.rank]
         self._tensor_env = tensor_env(self.env, self.device)

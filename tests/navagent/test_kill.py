@@ -1,9 +1,5 @@
-import multiprocessing
-import os
 import random
-import sys
 import time
-from multiprocessing import forkserver
 
 import pytest
 from killed_training import EVALUATE_EVERY, UPDATE, live
@@ -12,40 +8,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from navagent.runs import Run
 
 KILLS = 50
-
-
-PRELOADED = (
-    "pytest",
-    "killed_training",
-    "navagent.evaluation.metrics",
-    "safetensors.torch",
-    "torch._dynamo",  # imported by the first optimiser
-    "torch.profiler",
-    "torch.utils.tensorboard",
-)
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Starts processes in milliseconds: what they need to import was imported before they are forked."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        forkserver.ensure_running()
-    # The first process waits until all is imported.
-    finish(context, time.monotonic)
-    return context
-
-
-def finish(context, work, *arguments):
-    """Does some work in a process of its own; returns how long it took [s]."""
-    begun = time.monotonic()
-    process = context.Process(target=work, args=arguments)
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    return time.monotonic() - begun
 
 
 def numbers(run):
@@ -63,11 +25,10 @@ def half_written(run):
 def test_a_run_killed_fifty_times_goes_on_each_time_and_learns_what_it_would_have(tmp_path, processes):
     rng = random.Random(0)
     # The first life of a run takes longer, and is no measure of the rest.
-    pace = min(finish(processes, live, tmp_path / "pace", count * UPDATE) for count in (1, 3))
+    pace = min(processes.finish(live, tmp_path / "pace", count * UPDATE) for count in (1, 3))
     run, caught_writing, begun = None, 0, -1
     for _ in range(KILLS):
-        process = processes.Process(target=live, args=(tmp_path / "killed",))
-        process.start()
+        process = processes.start(live, tmp_path / "killed")
         time.sleep(rng.uniform(0.0, 2 * pace))
         process.kill()
         process.join()
@@ -91,7 +52,7 @@ def test_a_run_killed_fifty_times_goes_on_each_time_and_learns_what_it_would_hav
     # One more life clears away what the last one left, and learns a little more.
     end = begun + 3 * UPDATE
     for folder in ("killed", "whole"):
-        finish(processes, live, tmp_path / folder, end)
+        processes.finish(live, tmp_path / folder, end)
     whole = Run(tmp_path / "whole")
     assert not half_written(run)
     assert numbers(run) == numbers(whole)

@@ -105,3 +105,11 @@ def live(folder, stop_after=10**9):
             if trainer.run.checkpoints() or trainer.run.read_metrics():
                 trainer.load(trainer.run.load_checkpoint("latest"))
             trainer.train()
+
+
+def numbers(run):
+    """Every logged number that does not measure time."""
+    return [
+        {key: value for key, value in record.items() if not key.startswith("time/")}
+        for record in run.read_metrics()
+    ]

@@ -2,20 +2,12 @@ import random
 import time
 
 import pytest
-from killed_training import EVALUATE_EVERY, UPDATE, live
+from killed_training import EVALUATE_EVERY, UPDATE, live, numbers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from navagent.runs import Run
 
 KILLS = 50
-
-
-def numbers(run):
-    """Every logged number that does not measure time."""
-    return [
-        {key: value for key, value in record.items() if not key.startswith("time/")}
-        for record in run.read_metrics()
-    ]
 
 
 def half_written(run):

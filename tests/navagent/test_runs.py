@@ -1,9 +1,12 @@
+import io
 import json
 import struct
+import time
 
 import numpy as np
 import pytest
 import torch
+from full_disk import NO_TINY_DISK, LimitedFiles, TinyDisk, fill_and_free, fill_for_good
 from learning_world import LineVecEnv, LineWorld, RecurrentPolicy
 from safetensors.torch import save_file
 
@@ -173,6 +176,68 @@ def test_a_run_says_what_it_ran_on_and_is_never_overwritten(run):
     (run.path / "versions.json").write_text("{")
     with pytest.raises(RunError, match=r"versions\.json: not JSON"):
         _ = run.versions
+
+
+@pytest.mark.parametrize("disk", [TinyDisk, LimitedFiles], ids=["tiny disk", "limited files"])
+@pytest.mark.parametrize("story", [fill_and_free, fill_for_good])
+def test_a_full_disk_is_reported_and_the_last_good_checkpoint_stays(tmp_path, processes, disk, story):
+    process = processes.start(story, disk, tmp_path / "disk")
+    process.join()
+    if process.exitcode == NO_TINY_DISK:
+        pytest.skip("this system does not let a process mount a file system for itself")
+    assert process.exitcode == 0
+
+
+def test_metrics_stay_whole_lines_where_the_disk_takes_no_more(run, monkeypatch):
+    run.append_metrics({"frames": 10})
+
+    class Full(io.FileIO):
+        def write(self, data):
+            super().write(data[:5])
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(run.metrics_path), "open", lambda path, mode, buffering: Full(path, "a"))
+    with pytest.raises(OSError, match="No space left"):
+        run.append_metrics({"frames": 20})
+    monkeypatch.undo()
+    run.append_metrics({"frames": 30})
+    assert [record["frames"] for record in run.read_metrics()] == [10, 30]
+
+
+def claim(folder, seconds):
+    with Run(folder).claimed():
+        time.sleep(seconds)
+
+
+def test_one_training_at_a_time_has_a_folder_and_clears_what_a_killed_one_left(run, processes):
+    run.save_checkpoint(5, {"frames": 5})
+    process = processes.start(claim, run.path, 60)
+    while not (run.path / ".lock").exists() or not (run.path / ".lock").read_text():
+        time.sleep(0.01)
+    with (
+        pytest.raises(RunError, match=rf"process {process.pid} on .* is training in this folder"),
+        run.claimed(),
+    ):
+        pass
+    process.kill()
+    process.join()
+    for name in (".partial-abc-000000000009.safetensors", ".tmpXyZ"):
+        (run.checkpoint_dir / name).write_bytes(b"half")
+    (run.path / ".partial-abc-metrics.jsonl").write_bytes(b"half")
+    with run.claimed():
+        assert [file.name for file in run.checkpoint_dir.iterdir()] == ["000000000005.safetensors"]
+        assert not list(run.path.glob(".partial*"))
+
+
+def test_packed_state_does_not_change_with_its_original(tmp_path):
+    weights, list_of = torch.zeros(3), [1]
+    packed = pack({"weights": weights, "array": weights.numpy(), "list": list_of})
+    weights += 1
+    list_of.append(2)
+    write_checkpoint(tmp_path / "a.safetensors", packed)
+    state = read_checkpoint(tmp_path / "a.safetensors")
+    assert state["weights"].tolist() == state["array"].tolist() == [0, 0, 0]
+    assert state["list"] == [1]
 
 
 def learner(seed=0):

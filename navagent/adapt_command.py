@@ -177,7 +177,7 @@ def _compare(arguments: Sequence[str]) -> int:
         ("seeds", "N", int, "how often each is done (default: 3)"),
         ("methods", "NAMES", _names, "rows of the table, with commas (default: all)"),
         ("bases", "NAMES", _names, "encoders with their weights, or NAME=FOLDER of a pre-training"),
-        ("steps", "N", int, "optimiser steps of each training (default: 320)"),
+        ("steps", "N", int, "optimiser steps of each training (default: 240)"),
         ("workers", "N", int, "processes with one thread each (default: one a core)"),
     ]
     for name, metavar, kind, line in given:

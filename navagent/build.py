@@ -272,6 +272,23 @@ def check_weights(config: TrainConfig) -> None:
             raise ConfigError(f"encoder={config.encoder.name}: {error}") from None
 
 
+ADAM_EPSILON = 1e-5
+"""As in Stable-Baselines3, Habitat, BPS and the side-tuning paper."""
+
+
+def optimizer_settings(name: str) -> dict[str, Any]:
+    """The policy's arguments for the optimiser of setting ``algorithm.optimizer``."""
+    from navagent.learning.lamb import Lamb
+
+    optimizers: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+        "adam": (torch.optim.Adam, {}),
+        "amsgrad": (torch.optim.Adam, {"amsgrad": True}),
+        "lamb": (Lamb, {}),
+    }
+    kind, options = optimizers[name]
+    return {"optimizer_class": kind, "optimizer_kwargs": {"eps": ADAM_EPSILON, **options}}
+
+
 def policy_settings(config: TrainConfig) -> dict[str, Any]:
     """Keyword arguments of :class:`policies.actor_critic.NavigationPolicy`."""
     # "default" leaves it to the method: training from scratch starts from random weights.
@@ -287,4 +304,5 @@ def policy_settings(config: TrainConfig) -> dict[str, Any]:
         "layers": config.memory.num_layers,
         "frames": config.memory.num_frames,
         "weight_decay": config.algorithm.weight_decay,
+        **optimizer_settings(config.algorithm.optimizer),
     }

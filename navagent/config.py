@@ -195,18 +195,58 @@ class AlgorithmConfig:
         choices=("float32", "float16", "bfloat16"),
     )
     epochs: int = setting(2, "passes over a rollout", at_least=1, at_most=1000)
-    learning_rate: float = setting(7e-4, "Adam's step size", above=0, at_most=1)
+    replay_epochs: int = setting(
+        0, "passes over past rollouts in each update, beside those over the newest", at_least=0, at_most=1000
+    )
+    replay_steps: int = setting(0, "steps of every agent that are kept for them; 0 without", at_least=0)
+    optimizer: str = setting(
+        "adam",
+        "adam, adam as AMSGrad, or lamb, which scales the step of each layer for large minibatches",
+        choices=("adam", "amsgrad", "lamb"),
+    )
+    learning_rate: float = setting(7e-4, "the optimiser's step size", above=0, at_most=1)
     learning_rate_schedule: str = setting(
-        "linear", "how the learning rate falls to 0", choices=("constant", "linear", "cosine")
+        "linear", "how the learning rate falls", choices=("constant", "linear", "cosine")
+    )
+    learning_rate_final: float = setting(
+        0.0, "share of the learning rate that is left at the end of its fall", at_least=0, at_most=1
+    )
+    learning_rate_warmup: float = setting(
+        0.0, "share of the training in which the learning rate climbs from its half", at_least=0, below=1
+    )
+    scale_learning_rate: bool = setting(
+        False, "the learning rate is for minibatches of 256 frames, and grows with the root of larger ones"
     )
     weight_decay: float = setting(0.0, "weight decay; alpha never has any", at_least=0, at_most=1)
     gamma: float = setting(0.99, "discount of the reward", at_least=0, at_most=1)
     gae_lambda: float = setting(0.95, "lambda of the generalised advantage estimate", at_least=0, at_most=1)
     clip_range: float = setting(0.2, "how far the policy may move in an update", above=0)
+    clip_range_schedule: str = setting(
+        "constant", "how both clip ranges fall to 0", choices=("constant", "linear", "cosine")
+    )
+    clip_range_vf: float | None = setting(
+        None, "how far the critic may move in an update; null does not clip it", above=0
+    )
+    clip_value_loss: bool = setting(
+        False, "clip the critic as PPO2 does, by clip_range where clip_range_vf is null"
+    )
+    normalize_advantage: bool = setting(True, "advantages of a minibatch get mean 0 and deviation 1")
+    normalize_returns: bool = setting(False, "rewards are divided by the running deviation of returns")
     ent_coef: float = setting(0.01, "weight of the entropy bonus", at_least=0)
     vf_coef: float = setting(0.5, "weight of the value loss", at_least=0)
     max_grad_norm: float = setting(0.5, "gradients are clipped to this norm", above=0)
     target_kl: float | None = setting(None, "an update stops early beyond 1.5 times this divergence", above=0)
+    cpc_coef: float = setting(
+        0.0, "weight of CPC|A, which predicts images from memory and actions; Habitat's is 0.1", at_least=0
+    )
+    inverse_dynamics_coef: float = setting(
+        0.0, "weight of guessing the action between two images", at_least=0
+    )
+    nonfinite: str = setting(
+        "stop",
+        "at a loss, gradient or observation that is not finite, stop and keep it, or skip and count it",
+        choices=("stop", "skip"),
+    )
     imitation_frames: int = setting(
         400_000, "frames in which the expert teaches before PPO; 0 is none", at_least=0
     )
@@ -493,6 +533,26 @@ def _check_together(config: TrainConfig) -> None:
             f"algorithm.num_minibatches={algorithm.num_minibatches} is more than algorithm.num_envs="
             f"{algorithm.num_envs}: a minibatch is made of whole agents' rollouts, so use at most as many"
         )
+    if bool(algorithm.replay_epochs) != bool(algorithm.replay_steps):
+        raise ConfigError(
+            f"algorithm.replay_epochs={algorithm.replay_epochs} and algorithm.replay_steps="
+            f"{algorithm.replay_steps}: past rollouts need both, how often and how many; or 0 for both"
+        )
+    if algorithm.replay_steps and algorithm.replay_steps < algorithm.num_steps + 2:
+        raise ConfigError(
+            f"algorithm.replay_steps={algorithm.replay_steps} holds no past beside the newest rollout: "
+            f"expected at least {algorithm.num_steps + 2}, two more than algorithm.num_steps"
+        )
+    for name in ("cpc_coef", "inverse_dynamics_coef"):
+        if getattr(algorithm, name) and not (config.sensors.rgb or config.sensors.depth):
+            raise ConfigError(
+                f"algorithm.{name}={getattr(algorithm, name)} is about images, and the agent sees none: use "
+                "0, or a camera"
+            )
+        if getattr(algorithm, name) and algorithm.num_steps < 2:
+            raise ConfigError(
+                f"algorithm.{name} looks at two steps at least: use algorithm.num_steps=2 or more"
+            )
     words: tuple[str, ...]
     device = config.device
     if device not in ("auto", "cpu", "cuda") and not (device.startswith("cuda:") and device[5:].isdigit()):

@@ -7,12 +7,17 @@ import numpy as np
 import pytest
 import torch
 from full_disk import NO_TINY_DISK, LimitedFiles, TinyDisk, fill_and_free, fill_for_good
+from gymnasium import spaces
 from learning_world import LineVecEnv, LineWorld, RecurrentPolicy
 from safetensors.torch import save_file
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import KVWriter, Logger
 
 from navagent.learning.imitation import ImitationConfig
 from navagent.learning.ppo import PPO
+from navagent.learning.schedules import LearningRate
 from navagent.runs import CheckpointError, Run, RunError, pack, read_checkpoint, unpack, write_checkpoint
+from policies.actor_critic import NavigationPolicy
 
 
 @pytest.fixture
@@ -271,3 +276,108 @@ def test_training_goes_on_from_a_checkpoint_exactly_as_it_would_have(run, saved_
         assert torch.equal(value, resumed.policy.state_dict()[name]), name
     for name in ("rewards", "actions", "values", "log_probs"):
         assert torch.equal(straight.rollout_buffer[name], resumed.rollout_buffer[name])
+
+
+class SeeingWorld(LineWorld):
+    """The line world for policies with eyes: where the goal is shows in the image too."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.single_observation_space = spaces.Dict(
+            {
+                "pointgoal": spaces.Box(-np.inf, np.inf, (2,), np.float32),
+                "rgb": spaces.Box(0, 255, (32, 32, 3), np.uint8),
+            }
+        )
+
+    def observations(self):
+        rows = torch.arange(32).view(1, 32, 1, 1) * (self.offset.view(-1, 1, 1, 1) + 4)
+        image = (rows + torch.arange(32).view(1, 1, 32, 1)).remainder(256).to(torch.uint8)
+        return {
+            "pointgoal": torch.stack((self.offset.abs(), self.offset), -1),
+            "rgb": image.expand(-1, 32, 32, 3).clone(),
+        }
+
+
+class Diary(BaseCallback, KVWriter):
+    """Keeps every logged number, and the state after each update."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines, self.states = [], {}
+
+    def _on_training_start(self):
+        self.model.set_logger(Logger(None, [self]))
+
+    def write(self, values, excluded, step=0):
+        self.lines.append(
+            {key: value for key, value in values.items() if not key.startswith("time/")} | {"frames": step}
+        )
+
+    def _on_step(self):
+        return True
+
+    def on_update_end(self):
+        self.states[self.model.num_timesteps] = pack(self.model.training_state())
+        return True
+
+
+AGENTS = {
+    "annealed alpha, GRU": ("gru", "sidetune", {"learn_alpha": False, "alpha_schedule": "cosine"}, {}),
+    "alpha by samples, frame stack": (
+        "frame_stack",
+        "sidetune",
+        {"learn_alpha": False, "alpha_schedule": "map", "alpha_prior": 20.0},
+        {},
+    ),
+    "mid-tuning, LSTM of two layers": ("lstm", "midtune", {"unfreeze_at": 0.5}, {"layers": 2}),
+    "drawn routes, no memory": ("none", "spottune", {"evaluation": "sample"}, {"encoder": "resnet_small"}),
+    "masks, frame stack": ("frame_stack", "piggyback", {"encoder": "resnet_small"}, {}),
+    "from scratch, GRU": ("gru", "scratch", {}, {"encoder": "resnet_small"}),
+    "ladder, LSTM": ("lstm", "ladder", {"reduction": 4}, {"encoder": "resnet_small"}),
+    "superposition, GRU": ("gru", "superposition", {}, {}),
+}
+STEPS, UPDATES = 16, 6
+
+
+def seeing_learner(name, seed=0):
+    memory, adaptation, options, settings = AGENTS[name]
+    options = dict(options)
+    settings = {"encoder": options.pop("encoder", "fcn5_small"), **settings}
+    return PPO(
+        NavigationPolicy,
+        LineVecEnv(SeeingWorld(num_envs=4)),
+        learning_rate=LearningRate(1e-3, "cosine"),
+        n_steps=STEPS // 4,
+        n_minibatches=2,
+        n_epochs=1,
+        seed=seed,
+        device="cpu",
+        imitation=ImitationConfig(frames=2 * STEPS, anchor_coef=0.5, anchor_frames=1000),
+        policy_kwargs={
+            "weights": "random",
+            "memory": memory,
+            "hidden_size": 8,
+            "image_features": 8,
+            "adaptation": adaptation,
+            "adaptation_options": options,
+            **settings,
+        },
+    )
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_interrupted_after_any_update_every_kind_of_agent_logs_what_it_would_have(name):
+    whole = Diary()
+    seeing_learner(name).learn(UPDATES * STEPS, callback=whole)
+    assert len(whole.lines) == UPDATES
+    for done in range(1, UPDATES):
+        torch.manual_seed(12345)
+        resumed, rest = seeing_learner(name, seed=9), Diary()
+        resumed.load_training_state(unpack(*whole.states[done * STEPS]))
+        resumed.learn((UPDATES - done) * STEPS, callback=rest, reset_num_timesteps=False)
+        assert rest.lines == whole.lines[done:]
+        last, expected = (diary.states[UPDATES * STEPS] for diary in (rest, whole))
+        assert last.structure == expected.structure
+        for place, value in expected.tensors.items():
+            assert torch.equal(last.tensors[place], value), place

@@ -51,7 +51,7 @@ class ComparisonConfig:
     learning_rates: tuple[float, ...] = (1e-3, 5e-3)
     """Peak learning rates of Adam to choose from."""
     steps: int = 240
-    """Optimiser steps of each training. With the defaults 1,920 images are seen, so of 5,000 none comes twice."""
+    """Optimiser steps of each training. The defaults see 1,920 images: of 5,000, none comes twice."""
     batch_size: int = 8
     """Images a step."""
     test_frames: int = 400

@@ -422,7 +422,7 @@ verify   look at a file: published, readable, finite, trained, the same as anoth
 
 examples:
   navagent weights fetch taskonomy-curvature
-  navagent train encoder=taskonomy_curvature
+  navagent train encoder.name=taskonomy_curvature
 
 `navagent weights fetch --help` and so on tell more."""
 

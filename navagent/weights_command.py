@@ -122,7 +122,13 @@ def show(console: Console, name: str) -> None:
 def _use(entry: Entry) -> str:
     if not entry.encoders:
         return "policies.encoders.taskonomy.TaskonomyDecoder"
-    return f"navagent train encoder={entry.encoders[0]} encoder.weights={entry.name}"
+    return _command(entry, entry.name)
+
+
+def _command(entry: Entry, weights: str | Path) -> str:
+    """The command that trains with an entry's weights, given by name or as a file."""
+    camera = "" if entry.channels == 3 else " sensors=depth"
+    return f"navagent train encoder.name={entry.encoders[0]} encoder.weights={weights}{camera}"
 
 
 def _lines(rows: Mapping[str, str]) -> Table:
@@ -214,9 +220,7 @@ def import_weights(console: Console, source: str | Path, out: str | Path | None 
         "tensors": _tensors_text(checkpoint.tensors),
         "beside": ", ".join(f"{key}={value}" for key, value in checkpoint.metadata.items())[:200],
         "note": entry.note if entry else "",
-        "use": f"navagent train encoder={entry.encoders[0]} encoder.weights={target}"
-        if entry and entry.encoders
-        else "",
+        "use": _command(entry, target) if entry and entry.encoders else "",
     }
     _print_whole(console, _lines(rows))
     return target

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import policies.catalogue
+from navagent.build import cameras
 from navagent.cli import BAD_INPUT, FAILED, main
 from navagent.config import ConfigError, load_config
 from navagent.weights_command import size_text, verify
@@ -100,7 +101,7 @@ def test_show_tells_address_hash_licence_citation_and_use(cache, capsys):
     assert status == 0
     for part in (entry.url, entry.sha256, "MIT", "non-commercial", "Zamir", "arXiv:1804.08328"):
         assert part in out
-    assert "navagent train encoder=taskonomy_normal encoder.weights=taskonomy-normal" in out
+    assert "navagent train encoder.name=taskonomy_normal encoder.weights=taskonomy-normal" in out
     assert "navagent weights fetch taskonomy-normal" in out
     assert "recorded at the first fetch" in run(capsys, "show", "dinov2-base")[1]
 
@@ -109,6 +110,13 @@ def test_show_tells_address_hash_licence_citation_and_use(cache, capsys):
 def test_every_entry_can_be_shown(name, cache, capsys):
     status, out, _ = run(capsys, "show", name)
     assert (status, name in out) == (0, True)
+    command = out.partition("navagent train ")[2].split()
+    assert bool(command) == bool(catalogue()[name].encoders)
+    config = load_config(command)
+    if command:
+        entry = catalogue()[name]
+        assert (config.encoder.name, config.encoder.weights) == (entry.encoders[0], name)
+        assert [1 if camera.kind == "depth" else 3 for camera in cameras(config)] == [entry.channels]
 
 
 @pytest.mark.parametrize(
@@ -164,7 +172,7 @@ def test_published_pickles_are_imported(file, weights_dir, tmp_path, cache, caps
     entry = next(e for e in catalogue().values() if e.published_name == file)
     target = source.with_suffix(".safetensors")
     assert entry.name in out
-    assert f"encoder={entry.encoders[0]} encoder.weights={target}" in out
+    assert f"encoder.name={entry.encoders[0]} encoder.weights={target}" in out
     assert ("look untrained" in err) == (entry.encoders == ("fcn5",))
     assert read_safetensors(target).metadata["source_sha256"] == entry.sha256
     make_encoder(entry.encoders[0], 3, target)

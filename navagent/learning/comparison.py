@@ -48,8 +48,8 @@ class ComparisonConfig:
     """Names of the rows of the table, see :func:`~navagent.learning.transfer.rows`; empty for all."""
     bases: tuple[str, ...] = ("resnet_small", "vit_mini")
     """Networks to adapt: names of encoders that ship with weights, or NAME=FOLDER of a pre-training."""
-    learning_rates: tuple[float, ...] = (1e-3, 5e-3)
-    """Peak learning rates of Adam to choose from."""
+    learning_rates: tuple[float, ...] = (3e-4, 3e-3)
+    """Peak learning rates of Adam to choose from, for what a method trains; the decoder has its own."""
     steps: int = 240
     """Optimiser steps of each training. The defaults see 1,920 images: of 5,000, none comes twice."""
     batch_size: int = 8

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import queue
 import signal
+import threading
 import traceback
 from collections import deque
 from collections.abc import Iterator
@@ -91,6 +93,7 @@ def _work(
 ) -> None:
     # Ctrl-C reaches every process of a terminal; the first one decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     bench = Bench(config)
     while True:
@@ -98,6 +101,14 @@ def _work(
             results.put(bench.run(jobs.get()))
         except Exception:
             results.put(traceback.format_exc())
+
+
+def _end_with_parent() -> None:
+    """Ends this process as soon as the one that started it is gone, even if that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 @contextmanager

@@ -34,6 +34,8 @@ BASE_TASK = "normals"
 """What bases were pre-trained on."""
 TARGET = "target"
 """Name of the task that a method goes on to, where the base's own counts as its first."""
+DECODER_LEARNING_RATE = 5e-3
+"""Peak learning rate of the decoder, which starts from nothing whatever the method."""
 WEIGHT_DECAY = 2e-6
 MAX_GRADIENT = 1.0
 """Norm to which gradients are clipped. This and the weight decay are the side-tuning authors'."""
@@ -180,7 +182,7 @@ class Job:
     seed: int
     """Which images, decoder and order."""
     learning_rate: float
-    """Peak learning rate of Adam."""
+    """Peak learning rate of Adam for what the method trains."""
     phase: Literal["choose", "final"]
     """Half as long on a part of the images and judged on the rest, to choose the learning rate; or whole, and
     judged in unseen homes."""
@@ -318,7 +320,9 @@ class Bench:
         config, task = self.config, TASKS[self.config.task]
         total = steps * config.batch_size
         groups = adaptation.parameter_groups(WEIGHT_DECAY)
-        groups.append({"params": list(decoder.parameters()), "weight_decay": WEIGHT_DECAY})
+        groups.append(
+            {"params": decoder.parameters(), "weight_decay": WEIGHT_DECAY, "lr": DECODER_LEARNING_RATE}
+        )
         groups = [{**group, "params": list(group["params"])} for group in groups]
         optimizer = torch.optim.Adam([g for g in groups if g["params"]], lr=job.learning_rate)
         schedule = LambdaLR(optimizer, lambda step: warm_cosine(step / steps))

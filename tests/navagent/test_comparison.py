@@ -44,7 +44,7 @@ def config(tmp_path, **settings):
     return ComparisonConfig(**{**defaults, **settings})
 
 
-def outcome(row="features", images=10, seed=0, rate=1e-3, error=0.1, phase="final"):
+def outcome(row="features", images=10, seed=0, rate=3e-4, error=0.1, phase="final"):
     return Outcome(phase, "fcn5_small", row, images, seed, rate, {"mean_error": error}, 7, 2.0)
 
 
@@ -60,11 +60,11 @@ def test_the_learning_rate_with_the_least_held_out_error_is_taken(tmp_path):
     choices = [plan.next(), plan.next()]
     assert [(job.phase, job.images, job.seed) for job in choices] == [("choose", 10, 0)] * 2
     assert plan.next() is None
-    plan.take(outcome(rate=1e-3, error=0.3, phase="choose"))
+    plan.take(outcome(rate=3e-4, error=0.3, phase="choose"))
     assert plan.next() is None
-    plan.take(outcome(rate=5e-3, error=0.2, phase="choose"))
+    plan.take(outcome(rate=3e-3, error=0.2, phase="choose"))
     jobs = [plan.next() for _ in range(4)]
-    assert {job.learning_rate for job in jobs} == {5e-3}
+    assert {job.learning_rate for job in jobs} == {3e-3}
     assert sorted((job.images, job.seed) for job in jobs) == [(6, 0), (6, 1), (10, 0), (10, 1)]
     assert plan.next() is None
 
@@ -72,9 +72,9 @@ def test_the_learning_rate_with_the_least_held_out_error_is_taken(tmp_path):
 def test_a_learning_rate_that_diverges_is_not_taken(tmp_path):
     plan = Plan(config(tmp_path))
     plan.add("fcn5_small", Row("features", "features"))
-    plan.take(outcome(rate=1e-3, error=None, phase="choose"))
-    plan.take(outcome(rate=5e-3, error=0.2, phase="choose"))
-    assert {(job.phase, job.learning_rate) for job in iter(plan.next, None)} == {("final", 5e-3)}
+    plan.take(outcome(rate=3e-4, error=None, phase="choose"))
+    plan.take(outcome(rate=3e-3, error=0.2, phase="choose"))
+    assert {(job.phase, job.learning_rate) for job in iter(plan.next, None)} == {("final", 3e-3)}
 
 
 def test_trainings_of_other_methods_and_seeds_are_passed_over(tmp_path):
@@ -144,7 +144,7 @@ def test_processes_find_what_one_process_finds_and_say_what_went_wrong(tmp_path)
     bases = (Base.find("fcn5_small"),)
     shared = TransferConfig(View(tmp_path), "reshading", tmp_path / "frames", bases, (6,), 1, 2, 4, 4)
     shared.render(tilted_walls, lambda text: None)
-    job = Job("fcn5_small", Row("features", "features"), 6, 0, 1e-3, "final")
+    job = Job("fcn5_small", Row("features", "features"), 6, 0, 3e-4, "final")
     with crew(shared, 1) as alone, crew(shared, 2) as crowd:
         alone.submit(job)
         crowd.submit(job)

@@ -173,9 +173,9 @@ def _table(
         f"{kind.measure.replace('_', ' ')} in unseen homes [{kind.unit}], less is better: mean over "
         f"{about['seeds']} seeds ± half of the 95 % interval (Student's t), and the paired difference to "
         f"{REFERENCE!r}, in bold where its interval leaves out 0. Every training has {settings['steps']} "
-        f"steps of {settings['batch_size']} images. The decoder learns at one peak rate for all, the method at "
-        f"the better of {' and '.join(f'{rate:g}' for rate in settings['learning_rates'])} on held-out training "
-        f"images. With so many comparisons, some in bold are chance.",
+        f"steps of {settings['batch_size']} images. The decoder learns at one peak rate for all, the method "
+        f"at the better of {' and '.join(f'{rate:g}' for rate in settings['learning_rates'])} on held-out "
+        "training images. With so many comparisons, some in bold are chance.",
     ]
     for base in dict.fromkeys(key[0] for key in found):
         heads = [f"{number:,} images | difference" for number in images]

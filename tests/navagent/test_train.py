@@ -1,21 +1,33 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from killed_training import numbers
 from one_room import write_one_room
 from rich.console import Console
 
+from envs.simulators.raycast.simulator import RaycastSimulator
+from envs.vector_env import PointNavVectorEnv
+from navagent import preemption
 from navagent.build import load_split
 from navagent.cli import main
-from navagent.config import ConfigError, load_config, read_config
+from navagent.config import ConfigError, load_config, read_config, to_yaml
+from navagent.evaluation.agents import PolicyAgent
+from navagent.evaluation.pictures import Studio
 from navagent.learning.ppo import PPO
+from navagent.preemption import REQUEUE_STATUS
 from navagent.progress import duration, measures_line
 from navagent.runs import CheckpointError, Run, RunError
 from navagent.train import Trainer, make_model, train
+from policies.encoders import make_encoder
+from policies.weights import save_safetensors
 
 FRAMES = 6 * 32
 
@@ -23,6 +35,13 @@ FRAMES = 6 * 32
 @pytest.fixture(scope="module")
 def room(tmp_path_factory):
     return write_one_room(tmp_path_factory.mktemp("room"), num_train=60, num_val=8)
+
+
+@pytest.fixture(autouse=True)
+def _without_curves(monkeypatch):
+    """Drawing curves takes most of the time of so short a run; the run that is looked at has real ones."""
+    draw = "navagent.evaluation.report.draw_curves"
+    monkeypatch.setattr(draw, lambda records, path, *_: Path(path).write_bytes(b"a picture"))
 
 
 def words(room, path, *overrides):
@@ -36,6 +55,8 @@ def words(room, path, *overrides):
         "memory.hidden_size=16",
         "encoder.image_features=16",
         "env.max_steps=12",
+        "env.rgb_noise=0.1",
+        "env.actuation_noise=0.5",
         f"algorithm.total_frames={FRAMES}",
         "algorithm.num_envs=4",
         "algorithm.num_steps=8",
@@ -75,14 +96,6 @@ def interrupt_after(monkeypatch, updates, number=signal.SIGINT):
         original(self)
 
     monkeypatch.setattr(Trainer, "_on_rollout_end", hook)
-
-
-def numbers(run):
-    """Every logged number that does not measure time."""
-    return [
-        {key: value for key, value in record.items() if not key.startswith("time/")}
-        for record in run.read_metrics()
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +157,126 @@ def test_stopped_and_resumed_gives_the_same_numbers_as_uninterrupted(
     assert f"navagent train resume={stopped.path}" in text
     resumed = train(load_config([f"resume={stopped.path}"]), silent())
     assert numbers(resumed) == numbers(whole[0])
+
+
+def stop_during(monkeypatch, owner, name, call, number, raises=None):
+    """Sends this process a signal at the beginning of the given call of a function."""
+    original, calls = getattr(owner, name), []
+
+    def hook(*arguments, **options):
+        calls.append(name)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, hook)
+    return calls
+
+
+STATUS = {signal.SIGTERM: 143, signal.SIGUSR1: REQUEUE_STATUS}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_an_evaluation_is_dropped_on_a_signal_and_done_again(whole, room, tmp_path, monkeypatch, number):
+    expected = KeyboardInterrupt if number == signal.SIGINT else SystemExit
+    with monkeypatch.context() as patch, pytest.raises(expected) as caught:
+        calls = stop_during(patch, PolicyAgent, "act", 3, number)
+        train(settings(room, tmp_path / "run"), silent())
+    assert len(calls) == 3
+    if number in STATUS:
+        assert caught.value.code == STATUS[number]
+    run = Run(tmp_path / "run")
+    assert int(run.checkpoint("latest").stem) == run.read_metrics()[-1]["frames"] == 96
+    assert not any("eval/spl" in record for record in run.read_metrics())
+    assert numbers(train(load_config([f"resume={run.path}"]), silent())) == numbers(whole[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("owner", "name", "call"),
+    [
+        pytest.param(PointNavVectorEnv, "step", 8 + 8 + 3, id="in a rollout"),
+        # The estimate of memory has taken three steps, and imitation four in each epoch.
+        pytest.param(torch.optim.Adam, "step", 3 + 2 * 2 * 4 + 2, id="in an update"),
+    ],
+)
+def test_what_a_signal_cannot_wait_for_is_given_up_and_done_again(
+    whole, room, tmp_path, monkeypatch, owner, name, call, number
+):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+        patch.setattr(preemption, "PATIENCE_SECONDS", 0.0)
+        patch.setattr("navagent.train.KEPT_FROM_SECONDS", 0.0)
+        calls = stop_during(patch, owner, name, call, number)
+        train(settings(room, tmp_path / "run"), silent())
+    assert caught.value.code == STATUS[number]
+    assert len(calls) == call
+    run = Run(tmp_path / "run")
+    assert int(run.checkpoint("latest").stem) == 64
+    assert numbers(train(load_config([f"resume={run.path}"]), silent())) == numbers(whole[0])
+
+
+def test_a_signal_while_homes_are_loading_or_reports_are_drawn_ends_at_once(
+    whole, room, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+        stop_during(patch, RaycastSimulator, "load_scenes", 1, signal.SIGUSR1)
+        train(settings(room, tmp_path / "run"), silent())
+    assert caught.value.code == REQUEUE_STATUS
+    assert not (tmp_path / "run").exists()
+    shutil.copytree(whole[0].path, tmp_path / "copy")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+        calls = stop_during(patch, Studio, "map", 2, signal.SIGTERM)
+        train(load_config([f"resume={tmp_path / 'copy'}", "evaluation.final_episodes=3"]), silent())
+    assert caught.value.code == 143
+    assert len(calls) == 2
+    # Asked again, it does what was left.
+    train(load_config([f"resume={tmp_path / 'copy'}", "evaluation.final_episodes=3"]), silent())
+    assert (tmp_path / "copy" / "evaluation" / "val" / "summary.json").is_file()
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_when_it_is_resumed(whole, room, tmp_path):
+    run = Run.create(tmp_path / "run", to_yaml(settings(room, tmp_path / "run")))
+    assert numbers(train(load_config([f"resume={run.path}"]), silent())) == numbers(whole[0])
+    # Where checkpoints were taken away, it does not begin over what there was.
+    for file in run.checkpoint_dir.iterdir():
+        file.unlink()
+    with pytest.raises(CheckpointError, match="no checkpoint yet"):
+        train(load_config([f"resume={run.path}"]), silent())
+
+
+@pytest.mark.filterwarnings("ignore:.*look untrained")
+def test_a_run_goes_on_without_the_files_that_its_weights_started_from(room, tmp_path):
+    files = {}
+    for name in ("base", "side"):
+        files[name] = tmp_path / f"{name}.safetensors"
+        save_safetensors(files[name], make_encoder("fcn5_small", weights="random").state_dict())
+    asked = [
+        f"encoder.weights={files['base']}",
+        "adaptation.side_init=distilled",
+        f"adaptation.side_weights={files['side']}",
+        "evaluation.every_frames=0",
+    ]
+    straight = train(settings(room, tmp_path / "straight", *asked), silent())
+    train(settings(room, tmp_path / "run", *asked, "algorithm.max_minutes=1e-6"), silent())
+    for file in files.values():
+        file.unlink()
+    resumed = train(load_config([f"resume={tmp_path / 'run'}", "algorithm.max_minutes=0"]), silent())
+    assert numbers(resumed) == numbers(straight)
+    # What it started from is still told.
+    assert read_config(resumed.config_path).encoder.weights == str(files["base"])
+
+
+def test_the_plan_tells_memory_and_what_becomes_of_frozen_features(whole):
+    text = " ".join(whole[1].split())
+    assert re.search(r"memory +\d+ MB beside the [\d,]+ MB held now: a rollout \d MB", text), text
+    assert "rgb: frozen features are stored once a frame" in text
+
+
+def test_a_training_that_cannot_fit_is_refused_with_advice_and_leaves_nothing(room, tmp_path, monkeypatch):
+    monkeypatch.setattr("navagent.memory_estimate.available_memory", lambda: 64 << 20)
+    with pytest.raises(ConfigError, match=r"not fit into memory.* algorithm\.num_steps=\d+ needs \d+ MB"):
+        train(settings(room, tmp_path / "run", "algorithm.num_steps=65536"), silent())
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_command_says_by_its_status_that_it_was_stopped(room, tmp_path, monkeypatch, capsys):

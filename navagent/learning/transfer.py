@@ -1,9 +1,9 @@
 """Transfer: how well each adaptation method learns another perception task from few or many images.
 
-A base that was pre-trained on one task, surface normals, is adapted to another by every method, with the same
-images, the same small decoder behind the features, the same number of optimiser steps on the same batches and
-the same choice of learning rates. What differs is the method. Errors are those in homes that neither the base
-nor the method has seen.
+A base that was pre-trained on one task, surface normals, is adapted to another by every method: with the same
+images, the same small decoder behind the features, learning at one rate, the same number of optimiser steps
+on the same batches, and the same choice of learning rates for what the method trains. What differs is the
+method. Errors are those in homes that neither the base nor the method has seen.
 
 One :class:`Job` is one such training; :class:`Bench` carries it out. :mod:`~navagent.learning.comparison`
 runs them all.

@@ -71,6 +71,12 @@ def test_the_same_job_gives_the_same_and_another_seed_something_else(config):
     assert bench.run(job("finetune", images=40)).measures != first.measures
 
 
+def test_the_decoder_learns_at_one_rate_whatever_the_method_s(config):
+    bench = Bench(config)
+    slow, fast = (bench.run(job(learning_rate=rate)).measures for rate in (1e-6, 1.0))
+    assert slow == fast
+
+
 def test_jobs_leave_the_base_as_it_was(config):
     bench = Bench(config)
     before = {k: v.clone() for k, v in bench._encoder("fcn5_small").state_dict().items()}

@@ -137,7 +137,8 @@ class Replay:
             following = {
                 name: block[(places[-1] + 1) % self.capacity] for name, block in self._blocks.items()
             }
-        groups = torch.arange(self.window.num_envs, device=self.window.device).tensor_split(parts)
+        envs = self.window.num_envs
+        groups = torch.arange(envs, device=self.window.device).tensor_split(min(parts, envs))
         values = torch.cat([_values(policy, blocks, envs) for envs in groups], dim=1)
         last = torch.cat([_value(policy, following, envs) for envs in groups])
         window = self.window
@@ -168,7 +169,7 @@ class Replay:
         """Goes on from a saved state."""
         self._allocate({name: block[0] for name, block in state["blocks"].items()})
         for name, block in state["blocks"].items():
-            self._blocks[name][: len(block)] = block
+            self._blocks[name][: len(block)].copy_(block)
         self._next, self.filled = int(state["next"]), int(state["filled"])
 
 

@@ -50,8 +50,27 @@ class LoRAConfig(AdaptationConfig):
         """Dotted names of the layers of ``encoder`` that :attr:`target` means.
 
         Raises:
-            ValueError: if it means none.
+            ValueError: if it means none, or one that LoRA cannot reach.
         """
+        found = self._named(encoder)
+        # torch's own transformers compute with the weights of these layers, without calling them: always in
+        # the output of attention, and wherever no gradient is asked for in the rest.
+        deaf = [
+            name
+            for prefix, module in encoder.named_modules()
+            if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
+            for name in found
+            if name.startswith(f"{prefix}.")
+        ]
+        if deaf:
+            raise ValueError(
+                f"lora target {self.target!r}: layer {deaf[0]!r} of encoder {encoder.name!r} belongs to a "
+                "torch.nn transformer, which uses its weights without calling it, so that LoRA would go "
+                "unheard; name other layers, or choose 'piggyback', 'ladder' or 'spottune'"
+            )
+        return found
+
+    def _named(self, encoder: Encoder) -> list[str]:
         known = {n: m for n, m in encoder.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
         linear = [name for name, module in known.items() if isinstance(module, nn.Linear)]
         groups = {

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from policies.adaptation import LoRAConfig, make_adaptation
-from policies.encoders import make_encoder
+from policies.encoders import make_encoder, wrap_encoder
 
 ENCODERS = ["vit_mini_tokens", "resnet_small", "resnet44", "fcn5_small"]
 
@@ -199,6 +199,40 @@ def test_targets_that_the_encoder_lacks_are_refused():
         LoRAConfig(target="conv1,conv3").layers(encoder)
     with pytest.raises(ValueError, match="did you mean 'attention'"):
         LoRAConfig(target="atention").layers(encoder)
+
+
+class TorchTransformer(nn.Module):
+    """Patches, and a transformer of torch's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 8, 8)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x):
+        return self.encoder(self.patches(x).flatten(2).mT)
+
+
+@pytest.mark.parametrize("target", ["all", "attention", "linear1"])
+def test_layers_whose_weights_are_used_behind_their_back_are_refused(target):
+    base = wrap_encoder(TorchTransformer(), (None, 8), name="theirs")
+    with pytest.raises(
+        ValueError, match=r"'module\.encoder\.layers\.0\..*of encoder 'theirs'.* would go unheard"
+    ):
+        make_adaptation("lora", base, target=target)
+
+
+def test_other_layers_beside_torch_s_own_transformer_are_adapted():
+    method = make_adaptation("lora", wrap_encoder(TorchTransformer(), (None, 8)), target="conv").eval()
+    image = torch.rand(2, 16, 16, 3)
+    with torch.no_grad():
+        before = method(image)
+        for parameter in method.parameters():
+            parameter.add_(0.1)
+        acting = method(image)
+    assert not torch.allclose(acting, before)
+    torch.testing.assert_close(method(image).detach(), acting, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

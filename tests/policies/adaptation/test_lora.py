@@ -217,9 +217,7 @@ class TorchTransformer(nn.Module):
 @pytest.mark.parametrize("target", ["all", "attention", "linear1"])
 def test_layers_whose_weights_are_used_behind_their_back_are_refused(target):
     base = wrap_encoder(TorchTransformer(), (None, 8), name="theirs")
-    with pytest.raises(
-        ValueError, match=r"'module\.encoder\.layers\.0\..*of encoder 'theirs'.* would go unheard"
-    ):
+    with pytest.raises(ValueError, match=r"'module\.encoder\.layers\.0\..* would go unheard"):
         make_adaptation("lora", base, target=target)
 
 

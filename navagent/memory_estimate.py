@@ -2,9 +2,11 @@
 
 Rollouts and the optimiser follow from their shapes. What acting and learning take for a moment is found by a
 trial on a few frames, in which every tensor counts for as long as it lives, and grows with the number of
-frames. Scenes are estimated from the headers of their files. What libraries take for themselves inside of one
-call is not seen, so that a training needs rather more than this says: what does not fit by this estimate does
-not fit.
+frames. Scenes are estimated from the headers of their files.
+
+What is counted is needed: measured, trainings on the CPU take up to a tenth more where the C library returns
+what is freed (``MALLOC_MMAP_THRESHOLD_=65536``), and, as it keeps pieces of it by default, up to as much more
+as a minibatch takes. So what does not fit by this estimate does not fit, and what fits barely may not.
 """
 
 from __future__ import annotations
@@ -498,7 +500,13 @@ class MemoryPlan:
         known = "" if self.available is None else f"; {size(self.available)} are free"
         if self.device_free is not None:
             known += f", {size(self.device_free)} on the GPU"
-        return f"{size(total)} beside the {size(self.held)} held now: {', '.join(parts)}{known}"
+        told = f"{size(total)} beside the {size(self.held)} held now: {', '.join(parts)}{known}"
+        if self.device_free is None and not self.fits(replace(asked, minibatch=2 * asked.minibatch)):
+            told += (
+                f". It may take up to {size(asked.minibatch)} more, as the C library keeps pieces of what is "
+                "freed; the environment variable MALLOC_MMAP_THRESHOLD_=65536 prevents that"
+            )
+        return told
 
     def check(self) -> None:
         """Refuses settings that cannot fit.

@@ -109,6 +109,28 @@ class LineWorld:
         self.generator.set_state(state["generator"])
 
 
+class SeeingWorld(LineWorld):
+    """The line world for policies with eyes: where the goal is shows in an image of ``size`` rows, too."""
+
+    def __init__(self, size: int = 32, **settings: Any) -> None:
+        self.size = size
+        super().__init__(**settings)
+        self.single_observation_space = spaces.Dict(
+            {
+                "pointgoal": spaces.Box(-np.inf, np.inf, (2,), np.float32),
+                "rgb": spaces.Box(0, 255, (size, size, 3), np.uint8),
+            }
+        )
+
+    def observations(self) -> dict[str, Tensor]:
+        places = torch.arange(self.size)
+        image = places.view(1, -1, 1, 1) * (self.offset.view(-1, 1, 1, 1) + 4) + places.view(1, 1, -1, 1)
+        return {
+            "pointgoal": torch.stack((self.offset.abs(), self.offset), -1),
+            "rgb": image.remainder(256).to(torch.uint8).repeat(1, 1, 1, 3),
+        }
+
+
 class LineVecEnv(VecEnv):
     """The world as Stable-Baselines3 sees it; ``vector_env`` gives the tensors."""
 

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 from full_disk import NO_TINY_DISK, LimitedFiles, TinyDisk, fill_and_free, fill_for_good
-from gymnasium import spaces
-from learning_world import LineVecEnv, LineWorld, RecurrentPolicy
+from learning_world import LineVecEnv, LineWorld, RecurrentPolicy, SeeingWorld
 from safetensors.torch import save_file
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger
@@ -276,27 +275,6 @@ def test_training_goes_on_from_a_checkpoint_exactly_as_it_would_have(run, saved_
         assert torch.equal(value, resumed.policy.state_dict()[name]), name
     for name in ("rewards", "actions", "values", "log_probs"):
         assert torch.equal(straight.rollout_buffer[name], resumed.rollout_buffer[name])
-
-
-class SeeingWorld(LineWorld):
-    """The line world for policies with eyes: where the goal is shows in the image too."""
-
-    def __init__(self, **settings):
-        super().__init__(**settings)
-        self.single_observation_space = spaces.Dict(
-            {
-                "pointgoal": spaces.Box(-np.inf, np.inf, (2,), np.float32),
-                "rgb": spaces.Box(0, 255, (32, 32, 3), np.uint8),
-            }
-        )
-
-    def observations(self):
-        rows = torch.arange(32).view(1, 32, 1, 1) * (self.offset.view(-1, 1, 1, 1) + 4)
-        image = (rows + torch.arange(32).view(1, 1, 32, 1)).remainder(256).to(torch.uint8)
-        return {
-            "pointgoal": torch.stack((self.offset.abs(), self.offset), -1),
-            "rgb": image.expand(-1, 32, 32, 3).clone(),
-        }
 
 
 class Diary(BaseCallback, KVWriter):

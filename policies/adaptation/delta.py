@@ -23,6 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from policies.adaptation import ADAPTATIONS, Adaptation, AdaptationConfig, FrozenEncoder
+from policies.adaptation.side_tuning import SideTuning
 from policies.encoders import Encoder, make_encoder
 from policies.weights import WeightsError, read_safetensors, save_safetensors, tensors_sha256
 
@@ -111,13 +112,15 @@ def read_delta(path: str | Path) -> Delta:
     return delta
 
 
-def load_delta(path: str | Path, base: Encoder | None = None) -> Adaptation:
+def load_delta(path: str | Path, base: Encoder | None = None, side: Encoder | None = None) -> Adaptation:
     """Builds a method as it was when its delta was saved.
 
     Args:
         path: a file of :func:`save_delta`.
         base: the network that the delta belongs to, which is copied; None makes it from the settings that the
             method had, if its weights ship, were fetched, or lie where they did.
+        side: for side-tuning that was given a side network of its own, one of the same design; its weights
+            are the delta's.
 
     Raises:
         WeightsError: if the file cannot be read, or belongs to another base or to a method that is not known.
@@ -150,8 +153,13 @@ def load_delta(path: str | Path, base: Encoder | None = None) -> Adaptation:
                 f"{path}: made for {delta.base} {str(delta.base_sha256)[:8]}..., not {base.name} "
                 f"{found[:8]}...{random}; {_GIVE_BASE}"
             )
+    networks: dict[str, Any] = {}
+    if issubclass(kind, SideTuning):
+        networks = {"side": side, "restored": True}
+    elif side is not None:
+        raise WeightsError(f"{path}: made by the method {delta.method!r}, which takes no side network")
     try:
-        method = kind(config, base)  # type: ignore[call-arg]
+        method = kind(config, base, **networks)  # type: ignore[call-arg]
         for task in (*delta.tasks, delta.task):
             method.start_task(task)
         method.load_delta(delta.tensors)

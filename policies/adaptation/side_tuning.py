@@ -182,6 +182,8 @@ class SideTuning(Adaptation):
         base: the network to adapt, which is copied; None makes it by the configuration.
         side: the network that every task's side network begins as a copy of, with the weights it has unless
             ``side_init`` gives it others; None takes ``side_encoder``, or the base's design.
+        restored: whether the side networks' weights come by :meth:`load_delta`: until then, tasks need no
+            file of a distilled one.
 
     Raises:
         ValueError: if base and side cannot be fused, or the side cannot start as the settings say.
@@ -192,7 +194,11 @@ class SideTuning(Adaptation):
     config: SideTuningConfig
 
     def __init__(
-        self, config: SideTuningConfig, base: Encoder | None = None, side: Encoder | None = None
+        self,
+        config: SideTuningConfig,
+        base: Encoder | None = None,
+        side: Encoder | None = None,
+        restored: bool = False,
     ) -> None:
         super().__init__(config)
         if side is not None and (config.side_encoder is not None or config.fusion == "base"):
@@ -201,6 +207,7 @@ class SideTuning(Adaptation):
         self.base = FrozenEncoder(base or config.make_encoder())
         # In a tuple, so that they are no part of this network.
         self._designs = (base, copy.deepcopy(side))
+        self._restored = restored
         self.start_task(DEFAULT_TASK)
 
     def make_adapter(self) -> SideAdapter:
@@ -234,13 +241,18 @@ class SideTuning(Adaptation):
                 side.initialise()
         if config.side_init == "copy" and own is None:
             Encoder.load_tensors(side, self.base.encoder.state_dict(), "the base")
-        elif config.side_weights is not None:
+        elif config.side_weights is not None and not self._restored:
             side.load_tensors(read_weights(config.side_weights).tensors, config.side_weights)
         elif config.side_init == "low_energy":
             side.scale_outputs(LOW_ENERGY)
         elif config.side_init == "zero":
             _silence(side)
         return side
+
+    def load_delta(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes what :meth:`delta` gave, see :meth:`Adaptation.load_delta`."""
+        super().load_delta(tensors)
+        self._restored = False
 
     def start_task(self, task: str) -> None:
         """Begins or selects a task, see :meth:`Adaptation.start_task`."""

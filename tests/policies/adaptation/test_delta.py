@@ -8,11 +8,18 @@ import struct
 import pytest
 import torch
 from adaptation_cases import CASES
+from torch import nn
 
-from policies.adaptation import ADAPTATIONS, FrozenEncoder, make_adaptation
+from policies.adaptation import (
+    ADAPTATIONS,
+    FrozenEncoder,
+    SideTuning,
+    SideTuningConfig,
+    make_adaptation,
+)
 from policies.adaptation.base import Adaptation
 from policies.adaptation.delta import Delta, load_delta, read_delta, save_delta
-from policies.encoders import make_encoder
+from policies.encoders import make_encoder, wrap_encoder
 from policies.weights import WeightsError, read_safetensors, save_safetensors, tensors_sha256
 
 
@@ -173,6 +180,42 @@ def test_a_network_that_learned_whole_needs_no_file_that_it_began_with(tmp_path)
     image = torch.rand(1, 64, 64, 3)
     torch.testing.assert_close(again(image), method(image), rtol=0, atol=0)
     assert again.config.weights == str(weights)
+
+
+def test_a_distilled_side_needs_no_file_but_for_another_task(tmp_path):
+    weights = tmp_path / "student.safetensors"
+    save_safetensors(weights, trained_base().state_dict())
+    method = make_adaptation("sidetune", side_init="distilled", side_weights=str(weights)).eval()
+    method.start_task("a")
+    stir(method)
+    save_delta(method, tmp_path / "d.safetensors")
+    weights.unlink()
+    again = load_delta(tmp_path / "d.safetensors").eval()
+    image = torch.rand(1, 64, 64, 3)
+    for task in ("a", "task"):
+        method.start_task(task)
+        again.start_task(task)
+        torch.testing.assert_close(again(image), method(image), rtol=0, atol=0)
+    assert again.config == method.config
+    with pytest.raises(WeightsError, match=r"student\.safetensors: no such weights file"):
+        again.start_task("b")
+
+
+def test_a_side_of_ones_own_is_given_again(tmp_path):
+    def side():
+        return wrap_encoder(nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.Tanh()), (8, None, None))
+
+    method = SideTuning(SideTuningConfig(), side=side()).eval()
+    stir(method)
+    path = tmp_path / "d.safetensors"
+    save_delta(method, path)
+    image = torch.rand(1, 64, 64, 3)
+    torch.testing.assert_close(load_delta(path, side=side()).eval()(image), method(image), rtol=0, atol=0)
+    with pytest.raises(WeightsError, match=r"do not fit SideTuning: .*missing adapters\.task\.side"):
+        load_delta(path)
+    save_delta(make_adaptation("features"), path)
+    with pytest.raises(WeightsError, match="'features', which takes no side network"):
+        load_delta(path, side=side())
 
 
 @pytest.mark.parametrize("cut", [0, 7, 100, 3000, -1])

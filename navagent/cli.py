@@ -52,7 +52,8 @@ def _train_help() -> str:
             "Makes (or reads) homes; trains an agent in them, first taught by an expert that knows the "
             "shortest path, then by reward with PPO; evaluates it on homes it has never seen; and leaves a "
             "folder that explains itself under runs/. Ctrl-C saves and stops; the same command with "
-            "resume=RUN goes on.",
+            "resume=RUN goes on. So do SIGTERM, with exit status 143, and SIGUSR1, with 75, which asks the "
+            "cluster to queue the job again.",
             width,
         ),
         "",

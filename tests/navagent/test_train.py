@@ -285,6 +285,14 @@ def test_the_command_says_by_its_status_that_it_was_stopped(room, tmp_path, monk
     assert "navagent train resume=" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("number", STATUS)
+def test_the_command_asks_by_its_status_to_be_queued_again_or_not(room, tmp_path, monkeypatch, number):
+    interrupt_after(monkeypatch, 1, number)
+    with pytest.raises(SystemExit) as caught:
+        main(["train", *words(room, tmp_path / "run")])
+    assert caught.value.code == STATUS[number]
+
+
 def test_work_after_the_last_checkpoint_is_taken_back_and_done_again(whole, room, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(whole[0].path, copy)

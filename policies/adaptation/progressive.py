@@ -42,7 +42,8 @@ class ProgressiveConfig(AdaptationConfig):
 
     column_init: Literal["random", "copy"] = "random"
     """How a column starts: with random weights and connections, as in the paper, or as a copy of the base
-    with connections of weight 0, hence with the base's output."""
+    with connections of weight 0, hence with the base's output. BatchNorm in a random column learns its
+    statistics from the batches: in PPO the network that learns would differ from the one that acted."""
     lateral: Literal["linear", "nonlinear"] = "linear"
     """Connections by one linear layer for each earlier column (the paper's equation 1), or by its adapters
     (equation 2): they join all earlier columns, reduce them to the channels of one, and have two layers."""

@@ -26,7 +26,11 @@ class ScratchConfig(AdaptationConfig):
 
 
 class Scratch(WholeEncoder):
-    """One encoder with random weights, all of it trainable."""
+    """One encoder with random weights, all of it trainable.
+
+    Its BatchNorm layers, if it has any, learn their statistics from the batches. With PPO the network that
+    learns would then differ from the one that acted.
+    """
 
     config_class: ClassVar[type[AdaptationConfig]] = ScratchConfig
 

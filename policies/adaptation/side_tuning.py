@@ -56,7 +56,8 @@ class SideTuningConfig(AdaptationConfig):
     """How base B and side S are put together: alpha B + (1 - alpha) S; B or S alone; their sum or product;
     film, which scales and shifts B by S; small networks f and g as f(B) + S (mlp), f(B) + g(S) (mlp2),
     f(B) + S + g(S) (resmlp2), relu(f(B) + S) (mlp_hidden); or both side by side through two convolutions
-    (concat). For vectors f and g hold BatchNorm."""
+    (concat). For vectors f and g hold BatchNorm: in PPO the network that learns would differ from the one
+    that acted."""
     alpha: float = 0.5
     """Initial weight of the base, in 0..1; 0.8 is the authors' "alpha8". At 0 or 1 it cannot learn."""
     learn_alpha: bool = True
@@ -75,7 +76,8 @@ class SideTuningConfig(AdaptationConfig):
     side_init: SideInit = "copy"
     """How the side network starts: the base's weights, a file distilled from the base, random weights, random
     ones scaled so that it adds almost nothing, or exactly nothing. The last needs a side network that does
-    not end in a ReLU, for no gradient passes one at 0."""
+    not end in a ReLU, for no gradient passes one at 0. BatchNorm in a side network that starts random learns
+    its statistics from the batches: in PPO the network that learns would differ from the one that acted."""
     side_weights: str | None = None
     """File of a side network distilled from the base; required by, and only for, "distilled"."""
     stack: Stack = "single"

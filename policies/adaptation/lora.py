@@ -34,7 +34,8 @@ class LoRAConfig(AdaptationConfig):
     differ from the one that acted."""
     target: str = "all"
     """Layers to adapt: "attention" for the linear layers of attention, "linear", "conv", "all" for both, or
-    the ends of layers' names, separated by commas, such as "query,value"."""
+    the ends of layers' names, separated by commas, such as "query,value". None of these are layers inside of
+    torch.nn.MultiheadAttention, which does not call them."""
     rslora: bool = False
     """Whether updates are scaled by alpha / sqrt(rank) instead (Kalajdzievski, arXiv:2312.03732)."""
 
@@ -50,28 +51,13 @@ class LoRAConfig(AdaptationConfig):
         """Dotted names of the layers of ``encoder`` that :attr:`target` means.
 
         Raises:
-            ValueError: if it means none, or one that LoRA cannot reach.
+            ValueError: if it means none.
         """
-        found = self._named(encoder)
-        # torch's own transformers compute with the weights of these layers, without calling them: always in
-        # the output of attention, and wherever no gradient is asked for in the rest.
-        deaf = [
-            name
-            for prefix, module in encoder.named_modules()
-            if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
-            for name in found
-            if name.startswith(f"{prefix}.")
-        ]
-        if deaf:
-            raise ValueError(
-                f"lora target {self.target!r}: layer {deaf[0]!r} of encoder {encoder.name!r} belongs to a "
-                "torch.nn transformer, which uses its weights without calling it, so that LoRA would go "
-                "unheard; name other layers, or choose 'piggyback', 'ladder' or 'spottune'"
-            )
-        return found
-
-    def _named(self, encoder: Encoder) -> list[str]:
         known = {n: m for n, m in encoder.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+        # torch's own attention computes with the weights of its output layer without calling it.
+        for prefix, module in encoder.named_modules():
+            if isinstance(module, nn.MultiheadAttention):
+                known.pop(f"{prefix}.out_proj")
         linear = [name for name, module in known.items() if isinstance(module, nn.Linear)]
         groups = {
             "attention": [n for n in linear if "attention" in n.lower() or "attn" in n.lower()],
@@ -131,6 +117,11 @@ class LoRAAdapter(nn.Module):
             del layer.weight
             layer.weight = nn.Parameter(weight, requires_grad=False)
         self.network = inject_adapter_in_model(settings, network, adapter_name="lora")
+        for module in self.network.modules():
+            if isinstance(module, nn.TransformerEncoderLayer):
+                # Where no gradient is asked for, torch takes a short way past the layers and so past A and B,
+                # but only if it knows the activation.
+                module.activation_relu_or_gelu = 0
         self._frozen: dict[str, str] = {}
         for prefix, module in self.network.named_modules():
             wrapped = prefix.endswith(".base_layer")

@@ -499,7 +499,11 @@ def joined(device: Callable[[], torch.device]) -> Iterator[Ranks]:
         # torchrun's summary then shows this rank's traceback as the cause.
         if os.environ.get("TORCHELASTIC_ERROR_FILE"):
             get_error_handler().record_exception(error)
-        if ranks.accuse(error):
+        alone = ranks.accuse(error)
+        if launch.rank == 0 and not launch.hosted:
+            # What was said is gone with this process: let the others read it.
+            time.sleep(2 * _LOOK_EVERY)
+        if alone:
             raise
         # Where all fail alike, as over a setting, it is said once.
         raise SystemExit(FAILED) from None

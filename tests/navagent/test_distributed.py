@@ -442,15 +442,13 @@ def numbers(run):
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_torchrun_trains_as_one_process_stops_on_a_signal_and_goes_on(tmp_path):
     room = write_one_room(tmp_path / "room", num_train=60, num_val=8)
-    shared_memory = set(os.listdir("/dev/shm"))
     folder = tmp_path / "two"
     process = torchrun("train", *words(room, folder, "algorithm.num_envs=2"))
-    # Meanwhile, one process with the agents of both.
-    whole = train(
-        load_config(words(room, tmp_path / "one", "algorithm.num_envs=4")), Console(file=io.StringIO())
-    )
     while not (folder / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.02)
+    # What they do not have can't stay when they have ended.
+    maps = [Path(f"/proc/{pid}/maps").read_text() for pid in processes_of(str(folder))]
+    assert len(maps) >= 2 and not any("/dev/shm" in text for text in maps)
     asked = time.monotonic()
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate()
@@ -465,6 +463,10 @@ def test_torchrun_trains_as_one_process_stops_on_a_signal_and_goes_on(tmp_path):
         train(load_config([f"resume={folder}"]), Console(file=io.StringIO()))
 
     process = torchrun("train", f"resume={folder}")
+    # Meanwhile, one process with the agents of both.
+    whole = train(
+        load_config(words(room, tmp_path / "one", "algorithm.num_envs=4")), Console(file=io.StringIO())
+    )
     output, _ = process.communicate()
     assert process.returncode == 0, output
     # One of them speaks and writes.
@@ -474,4 +476,3 @@ def test_torchrun_trains_as_one_process_stops_on_a_signal_and_goes_on(tmp_path):
     mine, other = (each.load_checkpoint(320)["policy"] for each in (run, whole))
     close(mine, other, atol=1e-5)
     assert processes_of(str(folder)) == []
-    assert set(os.listdir("/dev/shm")) == shared_memory

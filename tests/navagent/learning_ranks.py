@@ -12,15 +12,21 @@ from types import SimpleNamespace
 
 import torch
 from learning_world import LineVecEnv, LineWorld, RecurrentPolicy
+from rich.console import Console
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger
 from torch import nn
 
-from navagent import distributed
+from navagent import distributed, preemption
+from navagent import train as training
+from navagent.build import Split
+from navagent.config import EvaluationConfig, TrainConfig, to_yaml
 from navagent.distributed import JoinedRanks, Ranks, joined
 from navagent.learning.imitation import ImitationConfig
 from navagent.learning.ppo import PPO
-from navagent.runs import read_checkpoint, write_checkpoint
+from navagent.preemption import StopSignals
+from navagent.runs import Run, read_checkpoint, write_checkpoint
+from navagent.train import Trainer
 
 
 def free_port():
@@ -351,3 +357,29 @@ def take_turns(ranks, folder):
             time.sleep(0.5)
             (folder / "done").write_text(str(time.monotonic()))
     sys.stderr.flush()
+
+
+class SlowWorld(NumberedWorld):
+    """A tenth of a second a step."""
+
+    def step(self, actions):
+        time.sleep(0.1)
+        return super().step(actions)
+
+
+def train_slowly(ranks, folder):
+    """A training whose updates take so long that a signal does not wait for their end."""
+    preemption.PATIENCE_SECONDS = 0.5
+    training.KEPT_FROM_SECONDS = 0.1
+    config = TrainConfig(evaluation=EvaluationConfig(every_frames=0))
+    config.algorithm.total_frames = 10**9
+    with StopSignals(print) as stop:
+        path = ""
+        if ranks.first:
+            path = str(Run.create(folder / "run", to_yaml(config)).path)
+        run = Run(ranks.broadcast(path))
+        model = make(ranks, world=SlowWorld, n_steps=16)
+        trainer = Trainer(config, run, model, Split("val", (), {}), Console(quiet=True), stop)
+        trainer.train()
+        assert trainer.given_up
+        raise stop.error()

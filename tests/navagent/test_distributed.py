@@ -19,10 +19,13 @@ from rich.console import Console
 from torch.nn import functional
 
 from envs.episodes import Episode
+from envs.vector_env import PointNavVectorEnv
 from navagent.build import Split, set_threads, share_of_scenes
+from navagent.cli import main
 from navagent.config import ConfigError, TrainConfig, load_config
 from navagent.distributed import Launch, Ranks, Stragglers
 from navagent.learning.rollout import generalized_advantages
+from navagent.preemption import REQUEUE_STATUS
 from navagent.runs import CheckpointError, Run, write_checkpoint
 from navagent.train import train
 
@@ -289,6 +292,24 @@ def test_a_crash_ends_all_in_seconds_with_the_traceback_and_the_episode_of_the_o
     assert "Traceback" not in other
 
 
+@pytest.mark.parametrize("told", [[0, 1], [1]], ids=["both", "one"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_in_a_long_update_saves_what_it_began_with_and_ends_all(together, tmp_path, told, number):
+    crew = together(learning_ranks.train_slowly, folder=tmp_path)
+    # Into the second update, before which nothing but the very first state was saved.
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and crew.processes[0].is_alive():
+        time.sleep(0.02)
+    time.sleep(0.5)
+    asked = time.monotonic()
+    for rank in told:
+        os.kill(crew.processes[rank].pid, number)
+    status = 143 if number == signal.SIGTERM else REQUEUE_STATUS
+    assert crew.statuses() == [status, status], crew.said(0) + crew.said(1)
+    assert time.monotonic() - asked < 10
+    state = Run(tmp_path / "run").load_checkpoint("latest")
+    assert state["frames"] == 64 and len(state["ranks"]) == 2
+
+
 def test_a_killed_rank_ends_all_in_seconds_and_its_neighbour_says_where_it_was(together):
     begun = time.monotonic()
     crew = together(learning_ranks.come_to_grief, how="kill")
@@ -377,6 +398,25 @@ def test_each_process_plays_in_scenes_of_its_own_where_all_are_too_many(split, m
 
 
 # The command --------------------------------------------------------------------------------------------
+
+
+def test_a_training_that_breaks_off_shows_where_its_agents_were(tmp_path, monkeypatch):
+    room = write_one_room(tmp_path / "room", num_train=60, num_val=8)
+    step = PointNavVectorEnv.step
+
+    def falling(env, actions):
+        if env.steps_made == 10:
+            raise ValueError("the roof came down")
+        env.steps_made += 1
+        return step(env, actions)
+
+    monkeypatch.setattr(PointNavVectorEnv, "steps_made", 0, raising=False)
+    monkeypatch.setattr(PointNavVectorEnv, "step", falling)
+    with pytest.raises(ValueError, match="the roof came down") as caught:
+        main(["train", *words(room, tmp_path / "run", "algorithm.num_envs=2")])
+    (note,) = caught.value.__notes__
+    assert "the training broke off after 20 frames, with its agents in" in note
+    assert "agent 1: scenes/room/room.glb episode" in note
 
 
 def words(room, path, *overrides):

@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from navagent.config import ConfigError, TrainConfig
+from navagent.distributed import Launch
 
 if TYPE_CHECKING:
     from navagent.learning.ppo import PPO
@@ -400,6 +401,12 @@ def available_memory(root: Path = Path("/")) -> int | None:
     return max(0, min(limits)) if limits else None
 
 
+def own_part(available: int | None) -> int | None:
+    """What is this process's of the host's memory [bytes], where several of a training share a machine."""
+    launch = Launch.read()
+    return available if available is None or launch is None else available // launch.local_size
+
+
 def _machine(root: Path) -> Iterable[int]:
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
@@ -594,7 +601,7 @@ def plan_memory(config: TrainConfig, model: PPO, val_scenes: Iterable[Path]) -> 
         ),
         homes=homes,
         held=held_bytes(),
-        available=available_memory(),
+        available=own_part(available_memory()),
         device_free=free_on(model.device),
     )
 
@@ -606,7 +613,7 @@ def check_scenes(scenes: Iterable[Path]) -> None:
         ConfigError: with what they need and what there is.
     """
     files = list(scenes)
-    total, available = sum(map(scene_bytes, files)), available_memory()
+    total, available = sum(map(scene_bytes, files)), own_part(available_memory())
     if available is not None and total > available:
         raise ConfigError(
             f"the {len(files)} scenes to train in need about {size(total)} of memory, and {size(available)} "

@@ -117,8 +117,9 @@ def _train(
         # What is made and kept, such as generated homes, is made once.
         train_split = load_split(config, config.scenes.train_split)
         val_split = load_split(config, config.scenes.val_split)
-    check_scenes(train_split.scenes.values())
-    model = make_model(built, share_of_scenes(config, train_split, ranks), ranks)
+    own_split = share_of_scenes(config, train_split, ranks)
+    check_scenes(own_split.scenes.values())
+    model = make_model(built, own_split, ranks)
     assert model.env is not None
     stack.callback(model.env.close)
     memory = plan_memory(config, model, val_split.scenes.values())

@@ -25,6 +25,7 @@ from navagent.cli import main
 from navagent.config import ConfigError, TrainConfig, load_config
 from navagent.distributed import Launch, Ranks, Stragglers
 from navagent.learning.rollout import generalized_advantages
+from navagent.memory_estimate import own_part
 from navagent.preemption import REQUEUE_STATUS
 from navagent.runs import CheckpointError, Run, write_checkpoint
 from navagent.train import train
@@ -358,6 +359,15 @@ def test_processes_of_a_machine_share_its_cores(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert set_threads(0) == 1
     torch.set_num_threads(threads)
+
+
+def test_processes_of_a_machine_share_its_memory(monkeypatch):
+    assert own_part(4096) == 4096
+    told = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert own_part(4096) == 2048
+    assert own_part(None) is None
 
 
 @pytest.fixture

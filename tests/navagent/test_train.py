@@ -268,7 +268,7 @@ def test_a_run_goes_on_without_the_files_that_its_weights_started_from(room, tmp
 
 def test_the_plan_tells_memory_and_what_becomes_of_frozen_features(whole):
     text = " ".join(whole[1].split())
-    assert re.search(r"memory +\d+ MB beside the [\d,]+ MB held now: a rollout \d MB", text), text
+    assert re.search(r"memory +\d+ MB beside the [\d.,]+ [MG]B held now: a rollout \d MB", text), text
     assert "rgb: frozen features are stored once a frame" in text
 
 

@@ -146,7 +146,7 @@ def _distil(arguments: Sequence[str]) -> int:
         config = replace(config, dataset=dataset_dir(TrainConfig()))
     weights = distil(config, console=Console())
     print(
-        f"student  {weights}\nuse it with\n  navagent train encoder={config.base} "
+        f"student  {weights}\nuse it with\n  navagent train encoder.name={config.base} "
         f"adaptation.side_encoder={config.student} adaptation.side_init=distilled "
         f"adaptation.side_weights={weights}"
     )

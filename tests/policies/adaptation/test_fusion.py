@@ -93,6 +93,7 @@ def test_concat_and_its_transfer_equal_the_authors(recorded):
 @pytest.mark.parametrize(
     ("module", "parameters"),
     [
+        # TransferConv3 of the authors' code (arXiv:1912.13503): two 3x3 convolutions from 8 to 8 channels.
         (Transfer(8, 8), 1_168),
         (make("concat", (8, 4, 4)), 16 * 8 * 9 + 8 + 8 * 8 * 9 + 8),
         (make("alpha", None), 1),

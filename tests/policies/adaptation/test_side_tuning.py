@@ -64,8 +64,8 @@ def make_stack(stack, fusion, tasks=("a", "b", "c"), base=None):
     return method
 
 
-# Alpha = sigmoid(a) with a = 0 at first, and its meaning: arXiv:1912.13503, section 3.1, and merge_operators.py
-# of the authors' code.
+# Alpha = sigmoid(a) with a = 0 at first weighs the base: arXiv:1912.13503, and merge_operators.py of the
+# authors' code.
 def test_alpha_starts_in_the_middle_and_is_learned():
     method = make()
     assert method.alpha.item() == 0.5

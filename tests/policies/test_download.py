@@ -252,8 +252,12 @@ def test_a_folder_that_cannot_be_written_is_named(server, tmp_path):
 
 FETCH = textwrap.dedent(
     """
+    import signal
     import sys
     from policies.download import download
+
+    # A shell starts what it puts in the background deaf to Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     download(sys.argv[1], sys.argv[2], sha256=sys.argv[3], pause=0.01, notice=print,
              report=lambda done, total: print(done, flush=True))

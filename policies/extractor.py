@@ -36,17 +36,17 @@ MID_LEVEL_CHANNELS = 8
 """Channels of the maps that mid-level encoders give, such as Taskonomy's."""
 
 COMPRESSED = 2048
-"""Values to which larger maps are compressed, about; those of an 8 x 16 x 16 map."""
+"""Values to which maps of more channels are compressed, about; those of an 8 x 16 x 16 map."""
 
 
 class TransferHead(nn.Module):
     """A small trainable bridge from adapted features to the policy, which ends in one linear layer.
 
     Before it, maps of up to 8 channels pass two residual 3x3 convolutions, side-tuning's transfer network
-    (1,168 parameters for 8 channels). Maps of more channels pass a compression layer as in VC-1's policies
-    (Majumdar et al., arXiv:2303.18240): a 3x3 convolution to as many channels as make about 2048 values,
-    GroupNorm and ReLU. Tokens pass the same layer, each by itself, for their order says nothing of their
-    places. Vectors pass the linear layer alone.
+    (1,168 parameters for 8 channels). Maps of more channels pass a compression layer as in the policies of
+    Habitat's baselines and of VC-1 (Majumdar et al., arXiv:2303.18240): a 3x3 convolution to as many channels
+    as make about 2048 values, GroupNorm and ReLU. Tokens pass the same layer, each by itself, for their order
+    says nothing of their places, and to no more channels than they have. Vectors pass the linear layer alone.
 
     Args:
         shape: of one image's features: (C, h, w), (T, D) or (C,).
@@ -81,14 +81,16 @@ class TransferHead(nn.Module):
 def _compression(
     channels: int, places: tuple[int, ...], kernel: int
 ) -> tuple[tuple[int, ...], nn.Sequential]:
-    """A layer to fewer channels, and the shape (C, h, w) that it gives for so many rows and columns."""
-    fewer = min(channels, max(1, round(COMPRESSED / (places[0] * places[1]))))
+    """A layer to about 2048 values, and the shape (C, h, w) that it gives for so many rows and columns."""
+    chosen = max(1, round(COMPRESSED / (places[0] * places[1])))
+    if kernel == 1:
+        chosen = min(chosen, channels)
     layer = nn.Sequential(
-        nn.Conv2d(channels, fewer, kernel, padding=kernel // 2, bias=False),
-        nn.GroupNorm(1, fewer),
+        nn.Conv2d(channels, chosen, kernel, padding=kernel // 2, bias=False),
+        nn.GroupNorm(1, chosen),
         nn.ReLU(),
     )
-    return (fewer, *places), layer
+    return (chosen, *places), layer
 
 
 class PolarGoal(nn.Module):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from pathlib import Path
 
 from policies.catalogue import catalogue, catalogue_path, default_entry, find_entry
 from policies.encoders.base import BlockEncoder, Encoder, InputSpec
 from policies.encoders.fcn import FCN3, FCN4, FCN5, FCN8, SMALL_IMAGE_FCNS, fcn5_small
+from policies.encoders.habitat import ResNet18, SimpleCNN
 from policies.encoders.resnet_cifar import ResNet44
 from policies.encoders.resnet_small import ResNetSmall
 from policies.encoders.taskonomy import TASKONOMY_ENCODERS, TaskonomySet
 from policies.encoders.vit import VISION_TRANSFORMERS
 from policies.encoders.wrap import wrap_encoder
+from policies.names import nearest
 from policies.weights import read_weights
 
 __all__ = [
@@ -33,8 +34,10 @@ ENCODERS: dict[str, Callable[[int], Encoder]] = {
     "fcn5_small": fcn5_small,
     "fcn8": FCN8,
     **SMALL_IMAGE_FCNS,
+    "resnet18": ResNet18,
     "resnet44": ResNet44,
     "resnet_small": ResNetSmall,
+    "simple_cnn": SimpleCNN,
     **TASKONOMY_ENCODERS,
     **VISION_TRANSFORMERS,
 }
@@ -84,8 +87,7 @@ def make_encoder(name: str, channels: int = 3, weights: str | Path = "default") 
         ValueError: for an unknown name, or weights that are unreadable or do not fit.
     """
     if name not in ENCODERS:
-        near = difflib.get_close_matches(name, ENCODERS, 1, 0)
-        raise ValueError(f"unknown encoder {name!r}; did you mean {near[0]!r}? Known: {', '.join(ENCODERS)}")
+        raise ValueError(f"unknown encoder {name!r}{nearest(name, ENCODERS)} Known: {', '.join(ENCODERS)}")
     encoder = ENCODERS[name](channels)
     encoder.name = name
     if str(weights) == "random":

@@ -97,26 +97,27 @@ def test_small_maps_pass_the_transfer_network():
 
 
 @pytest.mark.parametrize(
-    ("shape", "kernel", "fewer"),
+    ("shape", "kernel", "chosen"),
     [
         ((768, 14, 14), 3, 10),
         ((384, 16, 16), 3, 8),
         ((216, 8, 8), 3, 32),
-        ((12, 4, 4), 3, 12),
+        ((12, 4, 4), 3, 128),
+        ((256, 1, 1), 3, 2048),
         ((9, 90, 90), 3, 1),
         ((197, 768), 1, 10),
         ((5, 96), 1, 96),
     ],
 )
-def test_wide_maps_and_tokens_are_compressed_to_about_2048_values(shape, kernel, fewer):
+def test_maps_and_tokens_are_compressed_to_about_2048_values(shape, kernel, chosen):
     head = TransferHead(shape, 7)
     channels = shape[1] if len(shape) == 2 else shape[0]
     places = torch.Size(shape).numel() // channels
     assert sizes(head) == {
-        "compression.0.weight": (fewer, channels, kernel, kernel),
-        "compression.1.weight": (fewer,),
-        "compression.1.bias": (fewer,),
-        "compress.weight": (7, fewer * places),
+        "compression.0.weight": (chosen, channels, kernel, kernel),
+        "compression.1.weight": (chosen,),
+        "compression.1.bias": (chosen,),
+        "compress.weight": (7, chosen * places),
         "compress.bias": (7,),
     }
     assert head(torch.randn(3, *shape)).shape == (3, 7)

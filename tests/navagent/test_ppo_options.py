@@ -213,14 +213,14 @@ def test_saved_statistics_of_returns_are_loaded(tmp_path):
 def test_every_update_has_its_epochs_in_random_order():
     orders = []
 
-    def watched(self, imitating):
+    def watched(self):
         orders.append([])
-        for window, kind in PPO._epochs(self, imitating):
+        for window, kind in PPO._epochs(self):
             orders[-1].append(kind)
             yield window, kind
 
     model = make(n_epochs=2, replay_epochs=3, replay_steps=16)
-    model._epochs = lambda imitating: watched(model, imitating)
+    model._epochs = lambda: watched(model)
     model.learn(8 * 32)
     assert all(sorted(order) == ["replay/"] * 3 + ["train/"] * 2 for order in orders)
     assert len({tuple(order) for order in orders}) > 2

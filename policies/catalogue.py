@@ -6,7 +6,6 @@ Nothing is downloaded but by :func:`fetch`.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from policies.download import DownloadError, Notice, Report, download
+from policies.names import nearest
 
 Kind = Literal["encoder", "decoder"]
 
@@ -135,9 +135,8 @@ def find_entry(name: str) -> Entry:
     """
     entries = catalogue()
     if name not in entries:
-        near = difflib.get_close_matches(name, entries, 1, 0)
         raise CatalogueError(
-            f"there are no weights {name!r}; did you mean {near[0]!r}? `navagent weights list` shows all"
+            f"there are no weights {name!r}{nearest(name, entries)} `navagent weights list` shows all"
         )
     return entries[name]
 

@@ -7,7 +7,6 @@ finished training is a line of ``runs.jsonl``; the same call goes on from there.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import shutil
@@ -27,6 +26,7 @@ from navagent.learning.crew import crew
 from navagent.learning.frames import FrameSource, View, describe_dataset, render_frames
 from navagent.learning.perception import TASKS
 from navagent.learning.transfer import BASE_TASK, Base, Bench, Job, Outcome, Row, TransferConfig, rows
+from policies.names import nearest
 from policies.weights import sha256
 
 
@@ -74,9 +74,8 @@ class ComparisonConfig:
         known = [row.name for row in rows()]
         for method in self.methods:
             if method not in known:
-                near = difflib.get_close_matches(method, known, 1, 0)
                 raise ValueError(
-                    f"method {method!r} is not compared; did you mean {near[0]!r}? Known: {'; '.join(known)}"
+                    f"method {method!r} is not compared{nearest(method, known)} Known: {'; '.join(known)}"
                 )
 
     @property

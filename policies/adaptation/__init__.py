@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any
 
 from policies.adaptation.base import Adaptation, AdaptationConfig, FrozenEncoder, TrainableEncoder
@@ -22,6 +21,7 @@ from policies.adaptation.side_tuning import SideTuning, SideTuningConfig
 from policies.adaptation.spottune import SpotTune, SpotTuneConfig
 from policies.adaptation.superposition import Superposition, SuperpositionConfig
 from policies.encoders import Encoder
+from policies.names import nearest
 
 __all__ = [
     "ADAPTATIONS",
@@ -90,15 +90,15 @@ def make_adaptation(name: str, base: Encoder | None = None, **options: Any) -> A
         ValueError: for an unknown method or option, naming the nearest known one, or a wrong value.
     """
     if name not in ADAPTATIONS:
-        raise ValueError(f"unknown adaptation {name!r}{_nearest(name, list(ADAPTATIONS))}")
+        raise ValueError(
+            f"unknown adaptation {name!r}{nearest(name, ADAPTATIONS)} Known: {', '.join(ADAPTATIONS)}"
+        )
     method = ADAPTATIONS[name]
     fields = [field.name for field in dataclasses.fields(method.config_class)]
     for option in options:
         if option not in fields:
-            raise ValueError(f"adaptation {name!r} has no option {option!r}{_nearest(option, fields)}")
+            raise ValueError(
+                f"adaptation {name!r} has no option {option!r}{nearest(option, fields)} "
+                f"Known: {', '.join(fields)}"
+            )
     return method(method.config_class(**options), base)  # type: ignore[call-arg]
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1, 0)
-    return f"; did you mean {near[0]!r}? Known: {', '.join(known)}"

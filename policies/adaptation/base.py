@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import math
+import typing
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from policies.encoders import BlockEncoder, Encoder, make_encoder
+from policies.encoders.base import device_of
 from policies.weights import tensors_sha256
 
 DEFAULT_TASK = "task"
@@ -31,6 +35,17 @@ class AdaptationConfig:
     """Pre-trained weights: "default", "random", a name in the catalogue, or the path of a file."""
     channels: int = 3
     """Input channels: 3 for colour, 1 for depth."""
+
+    def __post_init__(self) -> None:
+        """Refuses words that a setting does not list, and numbers that are not finite."""
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value, hint = getattr(self, field.name), hints[field.name]
+            if typing.get_origin(hint) is typing.Literal and value not in typing.get_args(hint):
+                listed = ", ".join(typing.get_args(hint))
+                raise ValueError(f"{field.name} {value!r}: expected one of {listed}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{field.name} {value}: expected a finite number")
 
     def make_encoder(self) -> Encoder:
         """The encoder with its pre-trained weights."""
@@ -176,8 +191,7 @@ class Adaptation(nn.Module, ABC):
                     f"make another object for {task!r}"
                 )
             adapter = self.make_adapter().train(self.training)
-            weights = next((b for b in self.buffers()), None)
-            self.adapters[task] = adapter if weights is None else adapter.to(weights.device)
+            self.adapters[task] = adapter.to(device_of(self))
         self.task = task
         for name, other in self.adapters.items():
             for parameter in other.parameters():
@@ -193,7 +207,7 @@ class Adaptation(nn.Module, ABC):
 
     def penalty(self) -> Tensor:
         """A term that the training loss has to include: (), 0 for most methods."""
-        return torch.zeros((), device=next((t.device for t in [*self.parameters(), *self.buffers()]), None))
+        return torch.zeros((), device=device_of(self))
 
     def set_progress(self, samples: int, total: int) -> None:
         """Tells how far training is, for methods with a schedule: ``samples`` of ``total`` were learned from.

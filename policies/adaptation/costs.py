@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from policies.adaptation.base import Adaptation
+from policies.encoders.base import device_of
 
 ADAM_COPIES = 3
 """Tensors of a parameter's size that Adam needs beside it: its gradient and two moments."""
@@ -47,8 +48,8 @@ def measure(method: Adaptation, height: int, width: int, batch_size: int = 32) -
     method = copy.deepcopy(method)
     method.set_progress(1, 1)
     channels = method.config.channels
-    device = next((t.device for t in [*method.parameters(), *method.buffers()]), None)
-    image = torch.randint(0, 256, (2, height, width, channels), dtype=torch.uint8, device=device)
+    shape = (2, height, width, channels)
+    image = torch.randint(0, 256, shape, dtype=torch.uint8, device=device_of(method))
     method.eval()
     with torch.no_grad():
         act = _flops(lambda: method(image)) / 2

@@ -12,9 +12,8 @@ Example:
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 from policies.adaptation import ADAPTATIONS, Adaptation, AdaptationConfig, FrozenEncoder
 from policies.adaptation.side_tuning import SideTuning
 from policies.encoders import Encoder, make_encoder
+from policies.names import nearest
 from policies.weights import WeightsError, read_safetensors, save_safetensors, tensors_sha256
 
 FORMAT = "navagent-delta"
@@ -128,7 +128,7 @@ def load_delta(path: str | Path, base: Encoder | None = None, side: Encoder | No
     delta = read_delta(path)
     if delta.method not in ADAPTATIONS:
         raise WeightsError(
-            f"{path}: made by the unknown method {delta.method!r}{_nearest(delta.method, ADAPTATIONS)}"
+            f"{path}: made by the unknown method {delta.method!r}{nearest(delta.method, ADAPTATIONS)}"
             f"{_written_by(delta)}"
         )
     kind = ADAPTATIONS[delta.method]
@@ -136,7 +136,7 @@ def load_delta(path: str | Path, base: Encoder | None = None, side: Encoder | No
     unknown = [name for name in delta.config if name not in fields]
     if unknown:
         raise WeightsError(
-            f"{path}: {delta.method!r} has no setting {unknown[0]!r}{_nearest(unknown[0], fields)}"
+            f"{path}: {delta.method!r} has no setting {unknown[0]!r}{nearest(unknown[0], fields)}"
             f"{_written_by(delta)}"
         )
     try:
@@ -179,11 +179,6 @@ def _make_base(path: str | Path, delta: Delta, config: AdaptationConfig) -> Enco
         return config.make_encoder()
     except (ValueError, OSError) as error:
         raise WeightsError(f"{path}: its base cannot be made: {error}; {_GIVE_BASE}") from error
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1, 0)
-    return f"; the nearest is {near[0]!r}" if near else ""
 
 
 def _written_by(delta: Delta) -> str:

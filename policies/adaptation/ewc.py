@@ -7,7 +7,6 @@ F is the diagonal of its Fisher information.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -43,12 +42,11 @@ class EWCConfig(AdaptationConfig):
     """What "online" multiplies the earlier F by at the end of each task, in 0..1; 1 for "sum"."""
 
     def __post_init__(self) -> None:
-        if not (self.coef >= 0 and math.isfinite(self.coef)):
+        super().__post_init__()
+        if not self.coef >= 0:
             raise ValueError(f"ewc coef {self.coef}: expected 0 or more")
         if self.fisher_samples < 1:
             raise ValueError(f"ewc fisher_samples {self.fisher_samples}: expected 1 or more")
-        if self.earlier_tasks not in ("sum", "online"):
-            raise ValueError(f"earlier_tasks {self.earlier_tasks!r}: expected 'sum' or 'online'")
         if not 0.0 <= self.decay <= 1.0:
             raise ValueError(f"ewc decay {self.decay}: expected a value in 0..1")
         if self.earlier_tasks == "sum" and self.decay != 1.0:

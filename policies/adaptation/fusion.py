@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from policies.adaptation.alpha import Alpha, DenseAlpha
+from policies.adaptation.layout import feature_channels
 
 FusionName = Literal[
     "alpha", "base", "side", "sum", "product", "film", "mlp", "mlp2", "resmlp2", "mlp_hidden", "concat"
@@ -290,11 +291,6 @@ def make_fusion(
             return MLP(shape, "residual", earlier=earlier)
         case _:
             return MLP(shape, rectified=name == "mlp_hidden", earlier=earlier)
-
-
-def feature_channels(shape: tuple[int, ...]) -> int:
-    """Channels of one image's features of shape (C, h, w), (T, D) or (C,)."""
-    return shape[1] if len(shape) == 2 else shape[0]
 
 
 class _Scale(nn.Module):

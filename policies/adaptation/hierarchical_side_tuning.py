@@ -51,6 +51,7 @@ class HierarchicalSideTuningConfig(AdaptationConfig):
     0.2 are the authors'. Like "batch", for supervised learning only."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         dims, heads = _numbers("dims", self.dims), _numbers("heads", self.heads)
         for dim, count in zip(dims, heads, strict=True):
             if dim % count:
@@ -61,9 +62,6 @@ class HierarchicalSideTuningConfig(AdaptationConfig):
             raise ValueError(f"registers {self.registers}: expected at least 1")
         if not 0.0 <= self.drop_path < 1.0:
             raise ValueError(f"drop_path {self.drop_path}: expected a rate in 0..1, below 1")
-        for name, known in (("output", ("pooled", "map")), ("norm", ("group", "batch"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(known)}")
 
     def stage_depths(self, blocks: int) -> tuple[int, ...]:
         """How many of a transformer's blocks each stage draws on.

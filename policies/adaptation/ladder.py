@@ -30,15 +30,8 @@ from policies.adaptation.base import (
     FrozenEncoder,
     as_blocks,
 )
+from policies.adaptation.layout import feature_channels, pointwise, probe_image
 from policies.encoders import BlockEncoder, Encoder
-
-_CHOICES = {
-    "side_init": ("random", "pruned"),
-    "output": ("side", "blend", "add"),
-}
-
-_PROBE = (224, 224)
-"""Rows and columns of the image that shows how wide the base's blocks are; a multiple of usual patches."""
 
 _HEAD = 64
 """Channels of an attention head in usual transformers."""
@@ -68,9 +61,7 @@ class LadderConfig(AdaptationConfig):
     base can be computed anew in every pass."""
 
     def __post_init__(self) -> None:
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(known)}")
+        super().__post_init__()
         for name in ("reduction", "every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"ladder {name} {getattr(self, name)}: expected 1 or more")
@@ -146,7 +137,7 @@ class Rung(nn.Module):
 
     def __init__(self, config: LadderConfig, tap: torch.Size, before: int) -> None:
         super().__init__()
-        channels = tap_channels(tap)
+        channels = feature_channels(tap)
         width = side_width(tap, config.reduction)
         self.down = pointwise(tap, channels, width)
         self.carry = pointwise(tap, before, width) if before != width else nn.Identity()
@@ -178,12 +169,12 @@ class LadderSide(nn.Module):
         super().__init__()
         self.output = config.output
         widths = [side_width(tap, config.reduction) for tap in taps]
-        self.first = pointwise(taps[0], tap_channels(taps[0]), widths[0])
+        self.first = pointwise(taps[0], feature_channels(taps[0]), widths[0])
         self.rungs = nn.ModuleList(
             Rung(config, tap, before) for tap, before in zip(taps[1:], widths, strict=False)
         )
         self.norm = nn.LayerNorm(widths[-1]) if len(taps[-1]) == 2 else nn.GroupNorm(1, widths[-1])
-        self.up = nn.Linear(widths[-1], tap_channels(features))
+        self.up = nn.Linear(widths[-1], feature_channels(features))
         if config.output == "add":
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)
@@ -225,8 +216,7 @@ class Ladder(Adaptation):
         self.base = FrozenEncoder(base or config.make_encoder())
         self.tapped = tuple(range(len(self._encoder.blocks) - 1, -1, -config.every))[::-1]
         """Numbers of the base's blocks that have a tap, from 0."""
-        device = next((value.device for value in self.base.buffers()), None)
-        found = self._climb(torch.zeros(1, *_PROBE, self._encoder.input_spec.channels, device=device))
+        found = self._climb(probe_image(self._encoder))
         self._shapes = {name: value.shape[1:] for name, value in found.items()}
         self.start_task(DEFAULT_TASK)
 
@@ -283,19 +273,9 @@ class Ladder(Adaptation):
             rung.block.load_state_dict(pruned[number])
 
 
-def tap_channels(shape: torch.Size) -> int:
-    """Channels of a tensor (T, D), (C, h, w) or (C,)."""
-    return shape[-1] if len(shape) == 2 else shape[0]
-
-
 def side_width(tap: torch.Size, reduction: int) -> int:
     """Width of the side network at a tap."""
-    return max(1, tap_channels(tap) // reduction)
-
-
-def pointwise(tap: torch.Size, inputs: int, outputs: int) -> nn.Module:
-    """A linear layer of the channels of tokens or maps, whichever the tap is."""
-    return nn.Linear(inputs, outputs) if len(tap) == 2 else nn.Conv2d(inputs, outputs, 1)
+    return max(1, feature_channels(tap) // reduction)
 
 
 def pruned_blocks(

@@ -8,7 +8,6 @@ and a 1x1 convolution B.
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -19,6 +18,7 @@ from torch.func import functional_call
 
 from policies.adaptation.base import DEFAULT_TASK, Adaptation, AdaptationConfig, FrozenEncoder
 from policies.encoders import Encoder
+from policies.names import nearest
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class LoRAConfig(AdaptationConfig):
     """Whether updates are scaled by alpha / sqrt(rank) instead (Kalajdzievski, arXiv:2312.03732)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rank < 1:
             raise ValueError(f"lora rank {self.rank}: expected 1 or more")
         if not self.alpha > 0:
@@ -77,10 +78,9 @@ class LoRAConfig(AdaptationConfig):
             names = [name for name in known if f".{name}".endswith(f".{end}")]
             if not names:
                 ends = [*groups, *known, *(name.rpartition(".")[2] for name in known)]
-                near = difflib.get_close_matches(end, ends, 1, 0)
                 raise ValueError(
                     f"lora target {end!r}: expected one of {', '.join(groups)}, or the end of the name of a "
-                    f"linear or convolutional layer of encoder {encoder.name!r}; did you mean {near[0]!r}?"
+                    f"linear or convolutional layer of encoder {encoder.name!r}{nearest(end, ends)}"
                 )
             found += [name for name in names if name not in found]
         return found

@@ -27,6 +27,7 @@ class MidTuningConfig(AdaptationConfig):
     """Share of the training, 0..1, after which the encoder learns too; at 0 from the start, at 1 never."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0.0 <= self.unfreeze_at <= 1.0:
             raise ValueError(f"mid-tuning unfreeze_at {self.unfreeze_at}: expected a share in 0..1")
 

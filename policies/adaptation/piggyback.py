@@ -8,7 +8,6 @@ finished task is stored as one bit a weight.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -23,12 +22,6 @@ from policies.encoders import Encoder
 MaskInit = Literal["constant", "uniform", "weight_based_1s"]
 GradientScale = Literal["none", "average", "individual"]
 Normalisation = Literal["frozen", "affine", "statistics"]
-
-_CHOICES = {
-    "mask_init": ("constant", "uniform", "weight_based_1s"),
-    "mask_scale_gradients": ("none", "average", "individual"),
-    "normalisation": ("frozen", "affine", "statistics"),
-}
 
 
 @dataclass(frozen=True)
@@ -58,12 +51,10 @@ class PiggybackConfig(AdaptationConfig):
     learning; in PPO the network that learns would differ from the one that acted)."""
 
     def __post_init__(self) -> None:
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(known)}")
-        if not (self.threshold >= 0 and math.isfinite(self.threshold)):
+        super().__post_init__()
+        if not self.threshold >= 0:
             raise ValueError(f"piggyback threshold {self.threshold}: expected 0 or more")
-        if self.mask_init != "weight_based_1s" and not self.threshold < self.mask_scale < math.inf:
+        if self.mask_init != "weight_based_1s" and not self.threshold < self.mask_scale:
             raise ValueError(
                 f"piggyback mask_scale {self.mask_scale} with threshold {self.threshold}: expected a greater "
                 "mask_scale, else every weight would start removed"

@@ -30,10 +30,8 @@ from policies.adaptation.base import (
     as_blocks,
 )
 from policies.adaptation.copies import parameter_names, trainable_copy
+from policies.adaptation.layout import feature_channels, pointwise, probe_image
 from policies.encoders import BlockEncoder, Encoder
-
-_PROBE = 224
-"""Rows and columns of the image that shows how many channels blocks take; a multiple of usual patches."""
 
 
 @dataclass(frozen=True)
@@ -51,25 +49,20 @@ class ProgressiveConfig(AdaptationConfig):
     """Whether what the base's blocks give is stored with rollouts, so that passes of learning spare the base,
     a quarter of their work. It is many times the image: 90 kB for 64 x 64 pixels, 12 kB, in resnet_small."""
 
-    def __post_init__(self) -> None:
-        for name, known in (("column_init", ("random", "copy")), ("lateral", ("linear", "nonlinear"))):
-            value = getattr(self, name)
-            if value not in known:
-                raise ValueError(f"progressive {name} {value!r}: expected one of {', '.join(known)}")
-
 
 class LinearLateral(nn.Module):
     """Connections into one block: the sum over earlier columns j of U_j h_j.
 
     Args:
         columns: number of earlier columns.
-        channels: of h, last in tokens (N, T, D) and second in maps (N, C, h, w).
-        tokens: whether h is tokens.
+        shape: of one image's h, tokens (T, D) or a map (C, h, w).
     """
 
-    def __init__(self, columns: int, channels: int, tokens: bool) -> None:
+    def __init__(self, columns: int, shape: torch.Size) -> None:
         super().__init__()
-        self.u = nn.ModuleList(_pointwise(channels, channels, tokens) for _ in range(columns))
+        channels = feature_channels(shape)
+        # Without a bias, here and below, since the block that follows has its own.
+        self.u = nn.ModuleList(pointwise(shape, channels, channels, bias=False) for _ in range(columns))
 
     def forward(self, earlier: Sequence[Tensor]) -> Tensor:
         """Of what each earlier column gave at this depth, what is added to this one's, of the same shape."""
@@ -88,12 +81,13 @@ class NonlinearLateral(nn.Module):
     different scales, and start small. Arguments are those of :class:`LinearLateral`.
     """
 
-    def __init__(self, columns: int, channels: int, tokens: bool) -> None:
+    def __init__(self, columns: int, shape: torch.Size) -> None:
         super().__init__()
+        channels = feature_channels(shape)
         self.alpha = nn.Parameter(torch.empty(columns).uniform_(0.01, 0.1))
-        self.v = _pointwise(columns * channels, channels, tokens)
-        self.u = _pointwise(channels, channels, tokens)
-        self._channel_dim = -1 if tokens else 1
+        self.v = pointwise(shape, columns * channels, channels, bias=False)
+        self.u = pointwise(shape, channels, channels, bias=False)
+        self._channel_dim = -1 if len(shape) == 2 else 1
 
     def forward(self, earlier: Sequence[Tensor]) -> Tensor:
         """Of what each earlier column gave at this depth, what is added to this one's, of the same shape."""
@@ -102,12 +96,7 @@ class NonlinearLateral(nn.Module):
 
     def silence(self) -> None:
         """Sets the last weights to 0."""
-        nn.init.zeros_(self.u.weight)  # type: ignore[arg-type]
-
-
-def _pointwise(inputs: int, outputs: int, tokens: bool) -> nn.Module:
-    """A linear layer of the channels; without a bias, since the block that follows has its own."""
-    return nn.Linear(inputs, outputs, bias=False) if tokens else nn.Conv2d(inputs, outputs, 1, bias=False)
+        nn.init.zeros_(self.u.weight)
 
 
 class Column(nn.Module):
@@ -169,10 +158,8 @@ class Progressive(Adaptation):
         encoder = as_blocks(base or config.make_encoder(), "a progressive network")
         self._learned = parameter_names(encoder)
         self.base = FrozenEncoder(encoder)
-        device = next((value.device for value in self.base.buffers()), None)
-        probe = torch.zeros(1, _PROBE, _PROBE, encoder.input_spec.channels, device=device)
-        taps = self._base_taps(encoder.preprocess(probe))
-        self._joints = [(_channels(tap), tap.dim() == 3) for tap in taps]
+        taps = self._base_taps(encoder.preprocess(probe_image(encoder)))
+        self._joints = [tap.shape[1:] for tap in taps]
         self.start_task(DEFAULT_TASK)
 
     def make_adapter(self) -> Column:
@@ -182,7 +169,7 @@ class Progressive(Adaptation):
         if not copied:
             network.initialise()
         kind = LinearLateral if self.config.lateral == "linear" else NonlinearLateral
-        laterals = [kind(1 + len(self.adapters), *joint) for joint in self._joints]
+        laterals = [kind(1 + len(self.adapters), joint) for joint in self._joints]
         if copied:
             for lateral in laterals:
                 lateral.silence()
@@ -239,7 +226,3 @@ class Progressive(Adaptation):
         for block in encoder.blocks:
             found.append(block(found[-1]))
         return found
-
-
-def _channels(tap: Tensor) -> int:
-    return tap.shape[-1] if tap.dim() == 3 else tap.shape[1]

@@ -20,16 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from policies.adaptation.base import DEFAULT_TASK, Adaptation, AdaptationConfig, FrozenEncoder
+from policies.adaptation.layout import PROBE
 from policies.adaptation.substitution import TaskNormalisation, call_with, dotted, slot
 from policies.encoders import Encoder
-
-_CHOICES = {
-    "form": ("series", "parallel"),
-    "normalisation": ("frozen", "affine", "statistics"),
-}
-
-_PROBE = (224, 224)
-"""Rows and columns of the image that shows which layers follow which; a multiple of usual patches."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +36,6 @@ class ResidualAdaptersConfig(AdaptationConfig):
     or also BatchNorm's running statistics, which training then takes from each batch, as in the papers (suits
     supervised learning; in PPO the network that learns would differ from the one that acted). In evaluation
     "affine" can express all that "statistics" can."""
-
-    def __post_init__(self) -> None:
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(known)}")
 
 
 class ResidualAdapter(nn.Module):
@@ -207,7 +195,7 @@ def following_batchnorms(encoder: Encoder) -> dict[str, str]:
     for name, module in encoder.named_modules():
         watch(name, module)
     try:
-        encoder.output_shape(*_PROBE)
+        encoder.output_shape(*PROBE)
     finally:
         for hook in hooks:
             hook.remove()

@@ -18,6 +18,7 @@ class ScratchConfig(AdaptationConfig):
     """Always "random"."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.weights != "random":
             raise ValueError(
                 f"weights {self.weights!r}: training from scratch starts from 'random'; use the method "

@@ -9,7 +9,6 @@ tasks, or as a "boosted" stack, in which what the stages before gave together is
 from __future__ import annotations
 
 import copy
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
@@ -31,9 +30,9 @@ from policies.adaptation.fusion import (
     ONE_SIDE,
     Fusion,
     FusionName,
-    feature_channels,
     make_fusion,
 )
+from policies.adaptation.layout import PROBE, feature_channels
 from policies.encoders import Encoder, make_encoder
 from policies.weights import read_weights
 
@@ -42,10 +41,6 @@ Stack = Literal["single", "dense", "boosted"]
 
 LOW_ENERGY = 1e-2
 """Scale of a "low_energy" side network's first outputs."""
-
-PROBE = (224, 224)
-"""Rows and columns of the image on which features are compared before any image is known: whole patches of
-every usual size."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +81,7 @@ class SideTuningConfig(AdaptationConfig):
     earlier ones gave together (boosted; with the fusion sum, B + S1 + ... + St). Earlier ones are frozen."""
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        for name in ("fusion", "alpha_schedule", "side_init", "stack"):
-            value, choices = getattr(self, name), typing.get_args(hints[name])
-            if value not in choices:
-                raise ValueError(f"{name} {value!r}: expected one of {', '.join(choices)}")
+        super().__post_init__()
         self._check_alpha()
         self._check_side()
         if self.stack != "single" and self.fusion in ("base", "side"):

@@ -50,12 +50,9 @@ class SpotTuneConfig(AdaptationConfig):
     """Whether what comes before and after the blocks learns too, as a copy; the authors' does."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.temperature > 0:
             raise ValueError(f"SpotTune temperature {self.temperature}: expected a value above 0")
-        for name, choices in (("evaluation", ("argmax", "sample")), ("policy_norm", ("group", "batch"))):
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"SpotTune {name} {value!r}: expected one of {', '.join(choices)}")
         for name, least in (("policy_width", 1), ("policy_size", 8)):
             value = getattr(self, name)
             if value < least:

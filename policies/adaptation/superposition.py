@@ -42,10 +42,7 @@ class SuperpositionConfig(AdaptationConfig):
     PPO the network that learns would differ from the one that acted."""
 
     def __post_init__(self) -> None:
-        if self.context not in ("binary", "rotation"):
-            raise ValueError(f"context {self.context!r}: expected 'binary' or 'rotation'")
-        if self.normalisation not in ("shared", "task"):
-            raise ValueError(f"normalisation {self.normalisation!r}: expected 'shared' or 'task'")
+        super().__post_init__()
         if not 0 <= self.context_seed < 2**63:
             raise ValueError(f"context_seed {self.context_seed}: expected 0..2^63 - 1")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -115,6 +116,11 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str) 
     module.load_state_dict({**own, **{k: v.to(own[k].dtype) for k, v in tensors.items()}})
 
 
+def device_of(module: nn.Module) -> torch.device | None:
+    """Where a module's tensors are; None if it has none."""
+    return next((tensor.device for tensor in chain(module.parameters(), module.buffers())), None)
+
+
 class Encoder(nn.Module):
     """A network from an image to a feature map (N, C, h, w), tokens (N, T, D) or a vector (N, C)."""
 
@@ -172,8 +178,7 @@ class Encoder(nn.Module):
 
     def output_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Shape of one image's features for images of height x width pixels: (C, h, w), (T, D) or (C,)."""
-        device = next((tensor.device for tensor in [*self.parameters(), *self.buffers()]), None)
-        image = torch.zeros(1, height, width, self.input_spec.channels, device=device)
+        image = torch.zeros(1, height, width, self.input_spec.channels, device=device_of(self))
         training = self.training
         self.eval()
         try:

@@ -8,7 +8,6 @@ of its files, so these load unchanged.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from policies.catalogue import catalogue_path
 from policies.encoders.base import BlockEncoder, Encoder, InputSpec, check_tensors, load_tensors
+from policies.names import nearest
 from policies.weights import read_weights
 
 ENCODER_TASKS = (
@@ -329,9 +329,8 @@ def make_decoder(task: str, weights: str | Path = "default") -> TaskonomyDecoder
 
 def _check_task(task: str, known: Sequence[str] | Mapping[str, int], kind: str) -> None:
     if task not in known:
-        near = difflib.get_close_matches(task, known, 1, 0)
         raise ValueError(
-            f"no Taskonomy {kind} for task {task!r}; did you mean {near[0]!r}? Known: {', '.join(known)}"
+            f"no Taskonomy {kind} for task {task!r}{nearest(task, known)} Known: {', '.join(known)}"
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from policies.encoders.base import BlockEncoder, Encoder, InputSpec
+from policies.encoders.base import BlockEncoder, Encoder, InputSpec, device_of
 
 Part = Callable[[nn.Module, Tensor], Tensor]
 """A part of a network's computation: of the network and what the part takes."""
@@ -134,8 +134,7 @@ class WrappedBlockEncoder(WrappedEncoder, BlockEncoder):
         return shape
 
     def _compare(self, height: int, width: int) -> None:
-        device = next((t.device for t in [*self.parameters(), *self.buffers()]), None)
-        values = torch.linspace(0, 1, height * width * self.input_spec.channels, device=device)
+        values = torch.linspace(0, 1, height * width * self.input_spec.channels, device=device_of(self))
         # Neither constant nor a ramp, whatever the size.
         image = (values * 1000).sin().abs().reshape(1, height, width, -1)
         training = self.training

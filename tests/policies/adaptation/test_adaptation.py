@@ -13,6 +13,7 @@ from torch import nn
 
 from policies.actor_critic import NavigationPolicy
 from policies.adaptation import ADAPTATIONS, make_adaptation
+from policies.adaptation.options import method_options
 from policies.encoders import make_encoder
 from policies.extractor import AdaptedExtractor
 
@@ -424,6 +425,28 @@ def test_unknown_methods_and_options_name_the_nearest():
         make_adaptation("sidetune", alfa=0.5)
     with pytest.raises(ValueError, match="'features' has no option 'alpha'"):
         make_adaptation("features", alpha=0.5)
+
+
+SETTINGS = [(method, option) for method in ADAPTATIONS for option in method_options(method)]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_numbers_that_are_not_finite_are_refused_by_name(value):
+    floats = [(method, option) for method, option in SETTINGS if "float" in str(option.type)]
+    assert {"alpha", "temperature", "gate_init", "coef"} <= {option.name for _, option in floats}
+    for method, option in floats:
+        with pytest.raises(ValueError, match=rf"{option.name} {value}"):
+            ADAPTATIONS[method].config_class(**{option.name: value})
+
+
+def test_words_that_are_not_listed_are_refused_with_those_that_are():
+    words = [(method, option) for method, option in SETTINGS if option.choices]
+    assert len(words) > 15
+    for method, option in words:
+        with pytest.raises(
+            ValueError, match=f"{option.name} 'none such': expected one of {option.choices[0]}"
+        ):
+            ADAPTATIONS[method].config_class(**{option.name: "none such"})
 
 
 def test_scratch_takes_no_weights():

@@ -239,8 +239,8 @@ def test_a_flipped_bit_is_noticed_wherever_it_is(tuned):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "sidetuning"}, r"unknown method 'sidetuning'; the nearest is 'sidetune'"),
-        ({"config": {"encoder": "fcn5_small", "alhpa": 0.5}}, r"no setting 'alhpa'; the nearest is 'alpha'"),
+        ({"method": "sidetuning"}, r"unknown method 'sidetuning'; did you mean 'sidetune'"),
+        ({"config": {"encoder": "fcn5_small", "alhpa": 0.5}}, r"no setting 'alhpa'; did you mean 'alpha'"),
         ({"config": {"alpha": 7.0, "weights": "default"}}, r"alpha 7.0"),
         ({"config": {"alpha": "x", "weights": "default"}}, r"d\.safetensors: "),
         ({"config": {"encoder": "fcn55", "weights": "default"}}, r"unknown encoder 'fcn55'"),

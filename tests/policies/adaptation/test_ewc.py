@@ -246,7 +246,7 @@ def test_losses_that_give_no_estimate_are_refused(image):
         ({"coef": -1.0}, "coef -1.0: expected 0 or more"),
         ({"coef": float("inf")}, "coef inf"),
         ({"fisher_samples": 0}, "fisher_samples 0"),
-        ({"earlier_tasks": "mean"}, "earlier_tasks 'mean': expected 'sum' or 'online'"),
+        ({"earlier_tasks": "mean"}, "earlier_tasks 'mean': expected one of sum, online"),
         ({"earlier_tasks": "online", "decay": 1.5}, "decay 1.5: expected a value in 0..1"),
         ({"decay": 0.5}, "'sum', which forgets nothing; use 'online'"),
     ],

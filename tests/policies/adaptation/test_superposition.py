@@ -242,7 +242,7 @@ def test_shared_normalisation_keeps_its_statistics(image):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"context": "complex"}, "context 'complex': expected 'binary' or 'rotation'"),
+        ({"context": "complex"}, "context 'complex': expected one of binary, rotation"),
         ({"context_seed": -1}, "context_seed -1"),
         ({"normalisation": "own"}, "normalisation 'own'"),
     ],

@@ -116,12 +116,12 @@ def redwood_depth(depth: Tensor, strength: float, generator: torch.Generator) ->
     return torch.where((seen > 1e-5) & (seen < 10.0) & (disparity > 1e-5), noisy, 0.0)
 
 
-def truncated_normal(
-    mean: Tensor, deviation: Tensor, low: Tensor, high: Tensor, generator: torch.Generator
-) -> Tensor:
-    """Draws from normal distributions cut at low and high, both in standard deviations from the mean."""
+def truncated_normal(mean: Tensor, deviation: Tensor, low: Tensor, high: Tensor, share: Tensor) -> Tensor:
+    """Normal distributions cut at low and high, both in standard deviations from the mean.
+
+    ``share``, uniform in 0..1, says how much of each distribution lies below the value.
+    """
     below, above = torch.special.ndtr(low), torch.special.ndtr(high)
-    share = torch.rand(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
     return mean + deviation * torch.special.ndtri(below + share * (above - below))
 
 
@@ -159,7 +159,7 @@ class ActuationNoise:
         deviation = self._choose(forward, self._forward.variance, self._turn.variance).sqrt()
         back = -(1.0 - _LEAST_SHARE) * asked
         low = torch.where(asked > 0, (back - mean) / deviation.clamp(min=1e-12), -3.0).clamp(-3.0, 3.0)
-        error = truncated_normal(mean, deviation, low, torch.full_like(low, 3.0), self.generator)
+        error = truncated_normal(mean, deviation, low, torch.full_like(low, 3.0), self.draw(mean.shape))
         along, right, turned = (asked + self.strength * error).mul(acting[:, None]).float().unbind(dim=1)
         # A move forward veers either way as drawn; a turn errs in the direction of the turn.
         turned = torch.where(actions == int(Action.TURN_RIGHT), -turned, turned)
@@ -173,6 +173,11 @@ class ActuationNoise:
         agents = torch.arange(simulator.num_agents, device=simulator.device)
         simulator.reset(agents, simulator.scene.clone(), end, yaw + turned)
         return collided
+
+    def draw(self, shape: torch.Size) -> Tensor:
+        """Uniform numbers in 0..1, (N, 3) float64: a subclass may take them from elsewhere."""
+        device = self.generator.device
+        return torch.rand(shape, generator=self.generator, device=device, dtype=torch.float64)
 
     @staticmethod
     def _choose(forward: Tensor, of_move: tuple[float, ...], of_turn: tuple[float, ...]) -> Tensor:

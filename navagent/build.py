@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from envs.episodes import Episode
     from envs.noise import NoiseConfig
+    from envs.sampler import EpisodeSampler
     from envs.simulators.base import AgentSpec, SensorSpec
     from envs.task import PointNavConfig
     from envs.vector_env import PointNavVectorEnv
@@ -224,11 +225,7 @@ def make_vector_env(
         extra_cameras: Cameras that the policy does not get, for videos.
         ranks: The processes whose agents share the streams of episodes, ``num_envs`` in each; None for one.
     """
-    from gymnasium.vector import AutoresetMode
-
     from envs.sampler import EpisodeSampler
-    from envs.simulators.raycast.simulator import RaycastSimulator
-    from envs.vector_env import PointNavVectorEnv
 
     ranks = ranks or Ranks()
     sampler = EpisodeSampler(
@@ -240,9 +237,27 @@ def make_vector_env(
         first_agent=ranks.rank * num_envs,
         total_agents=ranks.size * num_envs,
     )
+    return sampled_env(config, sampler, autoreset_mode, extra_cameras)
+
+
+def sampled_env(
+    config: TrainConfig,
+    sampler: EpisodeSampler,
+    autoreset_mode: AutoresetMode | None = None,
+    extra_cameras: Sequence[SensorSpec] = (),
+) -> PointNavVectorEnv:
+    """The settings' environment over the episodes that ``sampler`` hands out, with tensors out.
+
+    Other arguments are those of :func:`make_vector_env`.
+    """
+    from gymnasium.vector import AutoresetMode
+
+    from envs.simulators.raycast.simulator import RaycastSimulator
+    from envs.vector_env import PointNavVectorEnv
+
     simulator = RaycastSimulator(
         sampler.resident_scenes,
-        num_envs,
+        sampler.num_agents,
         [*cameras(config), *extra_cameras],
         agent_spec(config),
         device=str(training_device(config.device)),

@@ -242,14 +242,14 @@ def _cache_key(scene_path: Path, agent: AgentSpec) -> str:
     digest = hashlib.sha256()
     body = (agent.radius, agent.height, agent.max_climb, agent.max_slope_deg)
     digest.update(repr((_BUILDER_VERSION, body, astuple(NavMeshSettings()))).encode())
-    for path in (scene_path, scene_path.with_suffix(".stage_config.json"), *_separate_buffers(scene_path)):
+    for path in (scene_path, scene_path.with_suffix(".stage_config.json"), *separate_buffers(scene_path)):
         if path.is_file():
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:32]
 
 
-def _separate_buffers(scene_path: Path) -> list[Path]:
+def separate_buffers(scene_path: Path) -> list[Path]:
     """Files that a ``.gltf`` keeps its geometry in; a ``.glb`` holds its own."""
     if scene_path.suffix.lower() != ".gltf":
         return []

@@ -36,7 +36,8 @@ def test_depth_noise_grows_with_distance():
 def test_truncated_normal_stays_within_its_bounds_and_has_its_mean():
     count = 20000
     mean, deviation = torch.full((count,), 2.0).double(), torch.full((count,), 0.5).double()
-    drawn = truncated_normal(mean, deviation, -3 * torch.ones(count), 3 * torch.ones(count), generator())
+    share = torch.rand(count, generator=generator(), dtype=torch.float64)
+    drawn = truncated_normal(mean, deviation, -3 * torch.ones(count), 3 * torch.ones(count), share)
     assert drawn.min() >= 0.5 and drawn.max() <= 3.5
     assert drawn.mean().item() == pytest.approx(2.0, abs=0.02)
     assert drawn.std().item() == pytest.approx(0.5, rel=0.03)

@@ -246,7 +246,7 @@ class Trainer(BaseCallback):
         self.ranks = model.ranks
         model.guard.folder = run.path
         algorithm = config.algorithm
-        self.vector_env: PointNavVectorEnv = model.env.vector_env  # type: ignore[union-attr]
+        self.vector_envs: tuple[PointNavVectorEnv, ...] = model.env.vector_envs  # type: ignore[union-attr]
         self.curriculum: PathLengthCurriculum | None = None
         if algorithm.curriculum != "none":
             self.curriculum = PathLengthCurriculum(
@@ -255,7 +255,7 @@ class Trainer(BaseCallback):
                 round(algorithm.curriculum_fraction * algorithm.total_frames),
                 "linear" if algorithm.curriculum == "linear" else "success",
             )
-            stated = [episode.geodesic_distance for episode in self.vector_env.sampler.episodes]
+            stated = [episode.geodesic_distance for episode in self.vector_envs[0].sampler.episodes]
             stated = [distance for distance in stated if math.isfinite(distance)]
             if not stated:
                 raise ConfigError(
@@ -380,7 +380,7 @@ class Trainer(BaseCallback):
     def _on_rollout_end(self) -> None:
         self.logger.record("time/trained_seconds", self.trained_seconds + time.monotonic() - self._clock)
         if self.curriculum is not None:
-            self.logger.record("rollout/max_geodesic", self.vector_env.sampler.max_geodesic)
+            self.logger.record("rollout/max_geodesic", self.vector_envs[0].sampler.max_geodesic)
 
     def on_update_end(self) -> bool:
         """Called by the algorithm after each update; False ends the training."""
@@ -414,8 +414,9 @@ class Trainer(BaseCallback):
         assert self.curriculum is not None
         steps = math.floor(self.curriculum.max_geodesic / GEODESIC_STEP + 1e-6)
         wanted = max(self._shortest, steps * GEODESIC_STEP)
-        if wanted != self.vector_env.sampler.max_geodesic:
-            self.vector_env.set_max_geodesic(wanted)
+        if wanted != self.vector_envs[0].sampler.max_geodesic:
+            for vector_env in self.vector_envs:
+                vector_env.set_max_geodesic(wanted)
 
     def evaluate(self) -> None:
         """Measures the agent on unseen homes, and marks the checkpoint if it is the best so far.
@@ -655,7 +656,7 @@ def plan(
     network = f"; {config.encoder.name} ({weights} weights) with {config.adaptation.name}" if eyes else ""
     algorithm, ranks = config.algorithm, model.ranks
     processes = f" in each of {ranks.size} processes" if ranks.size > 1 else ""
-    own = len(model.env.vector_env.sampler.scene_ids)  # type: ignore[union-attr]
+    own = len(model.env.vector_envs[0].sampler.scene_ids)  # type: ignore[union-attr]
     shard = f", {own} in this process" if own < len(train_split.scenes) else ""
     teaching = (
         f"{algorithm.imitation_frames:,} taught by an expert that knows the shortest path, then PPO"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -23,11 +23,12 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from navagent.distributed import RankLostError, Ranks, Stragglers
+from navagent.learning.groups import AgentGroup, Decision, agent_groups, join_decisions, join_results
 from navagent.learning.imitation import Anchor, ExpertMixture, ImitationConfig
 from navagent.learning.nonfinite import FiniteGuard, NonFinite
 from navagent.learning.normalise import Moments, ReturnNormaliser
 from navagent.learning.replay import Replay
-from navagent.learning.rollout import SequenceBuffer, TensorEnv, tensor_env
+from navagent.learning.rollout import SequenceBuffer, StepResult, tensor_envs
 from navagent.runs import RunError
 
 _AGENTS_LISTED = 16
@@ -105,7 +106,7 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         """Measures of the episodes that ended in the newest rollout."""
         self._frames_logged = 0
         self._memory: Tensor | None = None
-        self._tensor_env: TensorEnv | None = None
+        self._groups: list[AgentGroup] = []
 
     def _empty_buffer(self) -> SequenceBuffer:
         return SequenceBuffer(
@@ -132,7 +133,7 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
             "mixture",
             "anchor",
             "_memory",
-            "_tensor_env",
+            "_groups",
             "_last_obs",
             "_last_episode_starts",
         ]
@@ -163,7 +164,7 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         assert self.env is not None
-        self._tensor_env = tensor_env(self.env, self.device)
+        self._groups = agent_groups(tensor_envs(self.env, self.device))
         begins = reset_num_timesteps or self._last_obs is None
         answer = super()._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
@@ -221,10 +222,7 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         It gets fewer steps where the other ranks are done and wait.
         """
         policy: Any = self.policy
-        environment = self._tensor_env
-        assert environment is not None and self._memory is not None
-        observations: Any = self._last_obs
-        starts: Any = self._last_episode_starts
+        assert self._memory is not None
         imitating = self.phase == "imitation"
         if not imitating and self.anchor is None and self.imitation.anchor_weight(self.num_timesteps) > 0:
             self.anchor = Anchor(policy, self._memory)
@@ -238,62 +236,26 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         if replay is not None:
             replay.start()
         self.episodes_of_rollout = []
-        lived: list[tuple[Tensor, Tensor]] = []
-        ended: list[list[dict[str, float]]] = []
+        lived: list[tuple[Tensor, Tensor, list[dict[str, float]]]] = []
         frames_before = self.num_timesteps
         callback.on_rollout_start()
         self._tell_whereabouts()
         self.stragglers.begin()
         rewards = dones = None
-        for step in range(n_rollout_steps):
-            if self.stragglers.must_stop(step):
-                break
-            with self._stage("policy"), torch.inference_mode():
-                actions, values, log_probs, memory, frozen = self._act(observations, self._memory, starts)
-                reference = self.anchor.logits(observations, starts, frozen) if self.anchor else None
-            expert = None
-            # A copy made outside inference mode: environments may keep it and change it in place.
-            executed = actions.clone()
-            if imitating:
-                with self._stage("expert"):
-                    expert = environment.expert_actions()
-                    executed = self.mixture.choose(executed, expert, starts, self.num_timesteps)
-            with self._stage("simulate"):
-                result = self.guard.step(environment.step(executed), self.num_timesteps)
-            with self._stage("policy"):
-                lived.append((result.rewards, result.dones))
-                rollout_buffer.add(
-                    observations,
-                    executed,
-                    self.normaliser(result.rewards) if self.normaliser else result.rewards,
-                    starts,
-                    values,
-                    log_probs,
-                    frozen,
-                    expert_actions=expert,
-                    reference_logits=reference,
-                )
-                if result.final_observations is not None:
-                    # An episode cut short has a future: the critic says what it was worth.
-                    cut = result.truncated.nonzero().flatten()
-                    future = self._values(
-                        result.final_observations, memory[cut], torch.zeros_like(cut, dtype=torch.bool)
-                    )
-                    rollout_buffer.add_to_last_rewards(cut, self.gamma * future)
-                if replay is not None:
-                    replay.add(observations, executed, starts, log_probs, self._memory, frozen)
-            self._memory, observations, starts = memory, result.observations, result.dones
-            self._last_obs, self._last_episode_starts = observations, starts
+        for result in (steps := self._steps(n_rollout_steps, imitating)):
+            lived.append((result.rewards, result.dones, result.episodes))
             # As if every rank were as far; it is counted exactly when the rollout is over.
             self.num_timesteps += self.n_envs * self.ranks.size
             if self.ranks.size == 1:
                 self._remember(result.episodes)
-            ended.append(result.episodes)
             rewards, dones = result.rewards, result.dones
             infos = [{"episode": episode} for episode in result.episodes]
             callback.update_locals(locals())
             if not callback.on_step():
+                steps.close()
                 return False
+        observations: Any = self._last_obs
+        starts: Any = self._last_episode_starts
         with self._stage("policy"):
             last_values = self._values(observations, self._memory, starts)
             rollout_buffer.finish(last_values, starts, self.gamma, self.gae_lambda)
@@ -302,34 +264,169 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         if self.ranks.size > 1:
             self.stragglers.done()
             with self._stage("wait"):
-                self._meet(frames_before, ended)
+                self._meet(frames_before, [episodes for _, _, episodes in lived])
         if self.normaliser is not None:
-            rewards_seen, dones_seen = (torch.stack(column) for column in zip(*lived, strict=True))
-            measured = self.normaliser.measure(rewards_seen, dones_seen)
+            measured = self.normaliser.measure(
+                torch.stack([rewards for rewards, _, _ in lived]),
+                torch.stack([dones for _, dones, _ in lived]),
+            )
             self.normaliser.update(Moments.from_sums(self.ranks.sum(measured.sums)))
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
 
-    def _act(
-        self, observations: dict[str, Tensor], memory: Tensor, starts: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """Actions, values, log-probabilities, memory and frozen features of one step.
+    def _steps(self, count: int, imitating: bool) -> Generator[StepResult, None, None]:
+        """Does ``count`` steps and stores each in the rollout; fewer where the other ranks are done and wait.
+
+        A group's next step begins as soon as its last one has ended, when those of the other groups are still
+        being simulated: a step is whole, and answered, when all groups have ended it.
+        """
+        groups = self._groups
+        observations: Any = self._last_obs
+        here = [{key: value[group.envs] for key, value in observations.items()} for group in groups]
+        assert self._memory is not None and self._last_episode_starts is not None
+        memories = [self._memory[group.envs] for group in groups]
+        starts: list[Any] = [self._last_episode_starts[group.envs] for group in groups]
+        ended: list[tuple[Decision, StepResult]] = []
+        begun = 0
+        frames = self.num_timesteps
+        try:
+            while True:
+                going_on = begun < count and not self.stragglers.must_stop(begun)
+                if going_on:
+                    noise = self._draw_step(imitating)
+                for index, group in enumerate(groups):
+                    if group.busy:
+                        decision, result = group.end(self._stage)
+                        result = self.guard.step(result, self.num_timesteps, group.envs.start)
+                        here[index], starts[index] = result.observations, result.dones
+                        memories[index] = decision.next_memory
+                        ended.append((decision, result))
+                    if len(ended) == len(groups):
+                        yield self._store(ended)
+                        ended = []
+                    if going_on:
+                        own_noise = None if noise is None else noise[group.envs]
+                        where = here[index], memories[index], starts[index]
+                        decision = self._decide(group, *where, frames, imitating, own_noise)
+                        group.begin(decision, ask_expert=imitating and begun + 1 < count)
+                if not going_on:
+                    return
+                begun += 1
+                frames += self.n_envs * self.ranks.size
+        except GeneratorExit:
+            # Whoever goes on after this finds these agents a step ahead.
+            for group in groups:
+                if group.busy:
+                    decision, result = group.end(self._stage)
+                    for key, value in result.observations.items():
+                        observations = self._last_obs
+                        observations[key][group.envs] = value
+                    self._last_episode_starts[group.envs] = result.dones  # type: ignore[call-overload]
+                    self._memory[group.envs] = decision.next_memory
+            raise
+        finally:
+            for group in groups:
+                group.abandon()
+
+    def _draw_step(self, imitating: bool) -> Tensor | None:
+        """Draws what all groups' next decisions share: who acts, and the noise of several ranks' actions.
 
         Several ranks draw actions from random numbers that they draw together, as one process with the agents
-        of all of them would.
+        of all of them would: exponentials (N, A) of this rank. None where the policy draws by itself.
         """
-        policy: Any = self.policy
+        if imitating:
+            self.mixture.draw()
         if self.ranks.size == 1:
-            actions, values, log_probs, memory, frozen, _ = policy.act(observations, memory, starts)
-            return actions, values, log_probs, memory, frozen
-        _, values, _, memory, frozen, logits = policy.act(observations, memory, starts, deterministic=True)
-        log_probs = torch.log_softmax(logits.float(), dim=1)
-        everyone = (self.ranks.size * len(logits), logits.shape[1])
-        # What torch.multinomial does, so that one process and several draw the same.
-        noise = self.ranks.rows(torch.empty(everyone, device=logits.device).exponential_())
-        actions = (log_probs.exp() / noise).argmax(dim=1)
-        return actions, values, log_probs.gather(1, actions[:, None])[:, 0], memory, frozen
+            return None
+        assert isinstance(self.action_space, spaces.Discrete)
+        everyone = (self.ranks.size * self.n_envs, int(self.action_space.n))
+        return self.ranks.rows(torch.empty(everyone, device=self.device).exponential_())
+
+    def _decide(
+        self,
+        group: AgentGroup,
+        observations: dict[str, Tensor],
+        memory: Tensor,
+        starts: Tensor,
+        frames: int,
+        imitating: bool,
+        noise: Tensor | None,
+    ) -> Decision:
+        """What the agents of a group do next, after ``frames`` frames."""
+        policy: Any = self.policy
+        reference = None
+        with self._stage("policy"), torch.inference_mode():
+            actions, values, log_probs, next_memory, frozen, logits = policy.act(
+                observations, memory, starts, deterministic=noise is not None
+            )
+            if noise is not None:
+                # What torch.multinomial does, so that one process and several draw the same.
+                log_probs = torch.log_softmax(logits.float(), dim=1)
+                actions = (log_probs.exp() / noise).argmax(dim=1)
+                log_probs = log_probs.gather(1, actions[:, None])[:, 0]
+            if self.anchor is not None:
+                reference = self.anchor.logits(observations, starts, frozen, group.envs)
+        # A copy made outside inference mode: environments may keep it and change it in place.
+        executed = actions.clone()
+        expert = None
+        if imitating:
+            expert = group.expert_actions(self._stage)
+            with self._stage("expert"):
+                executed = self.mixture.choose(executed, expert, starts, frames, group.envs)
+        return Decision(
+            observations,
+            starts,
+            executed,
+            values,
+            log_probs,
+            memory,
+            next_memory,
+            frozen,
+            expert,
+            reference,
+        )
+
+    def _store(self, parts: list[tuple[Decision, StepResult]]) -> StepResult:
+        """Appends a step that all groups have ended to the rollout, and goes on to the next."""
+        with self._stage("policy"):
+            decision = join_decisions([decision for decision, _ in parts])
+            result = join_results([result for _, result in parts])
+            buffer = self.rollout_buffer
+            buffer.add(
+                decision.observations,
+                decision.actions,
+                self.normaliser(result.rewards) if self.normaliser else result.rewards,
+                decision.starts,
+                decision.values,
+                decision.log_probs,
+                decision.frozen,
+                expert_actions=decision.expert_actions,
+                reference_logits=decision.reference_logits,
+            )
+            if result.final_observations is not None:
+                # An episode cut short has a future: the critic says what it was worth.
+                cut = result.truncated.nonzero().flatten()
+                future = self._values(
+                    result.final_observations,
+                    decision.next_memory[cut],
+                    torch.zeros_like(cut, dtype=torch.bool),
+                )
+                buffer.add_to_last_rewards(cut, self.gamma * future)
+            if self.replay is not None and decision.expert_actions is None:
+                self.replay.add(
+                    decision.observations,
+                    decision.actions,
+                    decision.starts,
+                    decision.log_probs,
+                    decision.memory,
+                    decision.frozen,
+                )
+        self._memory = decision.next_memory
+        last_obs: Any = result.observations
+        starts: Any = result.dones
+        self._last_obs, self._last_episode_starts = last_obs, starts
+        return result
 
     def _meet(self, frames_before: int, ended: list[list[dict[str, float]]]) -> None:
         """At the end of a rollout, lets all ranks know what they have done together.
@@ -356,16 +453,18 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
 
     def _whereabouts(self) -> str:
         """Where this process's agents are, as far as their environment can tell."""
-        env: Any = getattr(self._tensor_env, "env", None)
         place = f"after {self.num_timesteps:,} frames"
-        if not hasattr(env, "current_episodes"):
-            return place
-        agents = [
-            f"agent {agent}: {env.sampler.episodes[episode].scene_id} episode "
-            f"{env.sampler.episodes[episode].episode_id}"
-            for agent, episode in enumerate(env.current_episodes())
-            if episode >= 0
-        ]
+        agents = []
+        for group in self._groups:
+            env: Any = getattr(group.env, "env", None)
+            if not hasattr(env, "current_episodes"):
+                return place
+            agents += [
+                f"agent {agent}: {env.sampler.episodes[episode].scene_id} episode "
+                f"{env.sampler.episodes[episode].episode_id}"
+                for agent, episode in enumerate(env.current_episodes(), group.envs.start)
+                if episode >= 0
+            ]
         listed = agents[:_AGENTS_LISTED]
         if len(agents) > len(listed):
             listed.append(f"and {len(agents) - len(listed):,} more")
@@ -409,14 +508,13 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         Meant for the moment between an update and the next rollout: rollouts are not part of it. All ranks
         call it together; rank 0 gets the state of all of them, the others only their own.
         """
-        assert self._tensor_env is not None
         own = {
             "memory": self._memory,
             "observations": self._last_obs,
             "episode_starts": self._last_episode_starts,
             "expert_acts": self.mixture.expert_acts,
             "anchor_memory": self.anchor.memory if self.anchor else None,
-            "environment": self._tensor_env.state_dict(),
+            "environments": [group.env.state_dict() for group in self._groups],
             "nonfinite": self.guard.state_dict(),
             "replay": self.replay.state_dict() if self.replay else None,
             "returns": self.normaliser.returns if self.normaliser else None,
@@ -454,7 +552,7 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
                 f"{self.ranks.size}; go on with {before} ({how})"
             )
         state = state | state["ranks"][self.ranks.rank]
-        self._tensor_env = tensor_env(self.env, self.device)
+        self._groups = agent_groups(tensor_envs(self.env, self.device))
         self.policy.load_state_dict(state["policy"])
         self.policy.optimizer.load_state_dict(state["optimizer"])
         self.num_timesteps = int(state["frames"])
@@ -474,7 +572,8 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         window, episodes = self._stats_window_size, state["recent_episodes"]
         self.ep_info_buffer = deque(episodes, maxlen=window)
         self.ep_success_buffer = deque((e["success"] for e in episodes if "success" in e), maxlen=window)
-        self._tensor_env.load_state_dict(state["environment"])
+        for group, environment in zip(self._groups, state["environments"], strict=True):
+            group.env.load_state_dict(environment)
         self.guard.load_state_dict(state["nonfinite"])
         if self.replay is not None:
             self.replay.load_state_dict(state["replay"])

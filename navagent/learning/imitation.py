@@ -103,17 +103,33 @@ class ExpertMixture:
         self.stop_action = stop_action
         self.generator = generator
         self.expert_acts = torch.zeros(num_envs, dtype=torch.bool)
+        self._draws = torch.ones(2, num_envs)
 
-    def choose(self, actions: Tensor, expert: Tensor, episode_starts: Tensor, frames: int) -> Tensor:
-        """What is carried out, (N,) int64, given what learner and expert want to do, each (N,) int64."""
-        share = self.config.expert_share(frames)
+    def draw(self) -> None:
+        """Draws what decides the next step of every environment; to be called before :meth:`choose`."""
         everyone = self.num_envs * self.ranks.size
-        drawn = self.ranks.rows(torch.rand(everyone, generator=self.generator)) < share
-        over = self.ranks.rows(torch.rand(everyone, generator=self.generator)) < 1 / self.config.segment_steps
+        draws = [self.ranks.rows(torch.rand(everyone, generator=self.generator)) for _ in range(2)]
+        self._draws = torch.stack(draws)
+
+    def choose(
+        self,
+        actions: Tensor,
+        expert: Tensor,
+        episode_starts: Tensor,
+        frames: int,
+        envs: slice = slice(None),
+    ) -> Tensor:
+        """What is carried out, (M,) int64, given what learner and expert want to do, each (M,) int64.
+
+        M environments are asked about, those of ``envs``: all unless said otherwise.
+        """
+        drawn = self._draws[0, envs] < self.config.expert_share(frames)
+        over = self._draws[1, envs] < 1 / self.config.segment_steps
         alone = self.config.learner_alone(frames)
         redraw = episode_starts.cpu() | over | alone
-        self.expert_acts = torch.where(redraw, drawn, self.expert_acts)
-        chosen = torch.where(self.expert_acts.to(actions.device), expert, actions)
+        acts = torch.where(redraw, drawn, self.expert_acts[envs])
+        self.expert_acts[envs] = acts
+        chosen = torch.where(acts.to(actions.device), expert, actions)
         if self.stop_action is not None and not alone:
             too_early = (chosen == self.stop_action) & (expert != self.stop_action)
             chosen = torch.where(too_early, expert, chosen)
@@ -179,13 +195,17 @@ class Anchor:
         self.memory = memory.clone()
 
     def logits(
-        self, observations: dict[str, Tensor], episode_starts: Tensor, frozen: dict[str, Tensor] | None
+        self,
+        observations: dict[str, Tensor],
+        episode_starts: Tensor,
+        frozen: dict[str, Tensor] | None,
+        envs: slice = slice(None),
     ) -> Tensor:
-        """Its action logits (N, A) for the newest observations; advances its memory."""
+        """Its action logits (M, A) for the newest observations of ``envs``; advances its memory of them."""
         answer = self.policy.act(  # type: ignore[operator]
-            observations, self.memory, episode_starts, deterministic=True, frozen=frozen
+            observations, self.memory[envs], episode_starts, deterministic=True, frozen=frozen
         )
-        self.memory = answer[3]
+        self.memory[envs] = answer[3]
         return answer[5]
 
     def state_dict(self) -> dict[str, Any]:

@@ -46,17 +46,19 @@ class FiniteGuard:
             return observations
         return self._replaced(observations, frames)
 
-    def step(self, result: StepResult, frames: int) -> StepResult:
-        """The answer of an environment, its observations and rewards finite."""
+    def step(self, result: StepResult, frames: int, first: int = 0) -> StepResult:
+        """The answer of an environment, its observations and rewards finite; agents count from ``first``."""
         numbers = result.observations | {"reward": result.rewards}
         if not _all_finite(numbers):
-            numbers = self._replaced(numbers, frames)
+            agents = torch.arange(len(result.rewards), device=result.rewards.device)
+            numbers = self._replaced(numbers, frames, first + agents)
             rewards = numbers.pop("reward")
             result = dataclasses.replace(result, observations=numbers, rewards=rewards)
         final = result.final_observations
         if final is not None and not _all_finite(final):
             agents = result.truncated.nonzero().flatten()
-            result = dataclasses.replace(result, final_observations=self._replaced(final, frames, agents))
+            final = self._replaced(final, frames, first + agents)
+            result = dataclasses.replace(result, final_observations=final)
         return result
 
     def _replaced(

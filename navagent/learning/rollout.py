@@ -399,8 +399,10 @@ class NumpyVectorEnv:
 
     def expert_actions(self) -> Tensor:
         """Asks the environment's own ``expert_actions``, if it has one."""
-        batched = getattr(self.env, "vector_env", None)
-        answers = self.env.env_method("expert_actions") if batched is None else batched.expert_actions().cpu()
+        batched = getattr(self.env, "vector_envs", None)
+        if batched is not None:
+            return torch.cat([env.expert_actions() for env in batched]).to(self.device)
+        answers = self.env.env_method("expert_actions")
         return torch.as_tensor(np.asarray(answers), dtype=torch.int64, device=self.device)
 
     def state_dict(self) -> dict[str, Any]:
@@ -415,14 +417,14 @@ class NumpyVectorEnv:
         self.state_dict()
 
 
-def tensor_env(env: VecEnv, device: torch.device) -> TensorEnv:
-    """The fastest way to step ``env``: by the tensors of its ``vector_env``, else through numpy."""
+def tensor_envs(env: VecEnv, device: torch.device) -> list[TensorEnv]:
+    """The fastest ways to step ``env``: by the tensors of its ``vector_envs``, else through numpy."""
     if not isinstance(env.observation_space, spaces.Dict):
         raise TypeError(
             f"the environment's observations are {type(env.observation_space).__name__}, expected Dict: "
             "wrap them in a gymnasium.spaces.Dict"
         )
-    vector_env = getattr(env, "vector_env", None)
-    if vector_env is not None and getattr(vector_env, "output", None) == "torch":
-        return TorchVectorEnv(vector_env, device)
-    return NumpyVectorEnv(env, device)
+    vector_envs = getattr(env, "vector_envs", ())
+    if vector_envs and all(vector_env.output == "torch" for vector_env in vector_envs):
+        return [TorchVectorEnv(vector_env, device) for vector_env in vector_envs]
+    return [NumpyVectorEnv(env, device)]

@@ -132,12 +132,12 @@ class SeeingWorld(LineWorld):
 
 
 class LineVecEnv(VecEnv):
-    """The world as Stable-Baselines3 sees it; ``vector_env`` gives the tensors."""
+    """The world as Stable-Baselines3 sees it; ``vector_envs`` gives the tensors."""
 
     def __init__(self, world: LineWorld, expose_torch: bool = True) -> None:
         self.world = world
         if expose_torch:
-            self.vector_env = world
+            self.vector_envs = (world,)
         super().__init__(world.num_envs, world.single_observation_space, world.single_action_space)
 
     def reset(self) -> dict[str, np.ndarray]:

@@ -13,6 +13,11 @@ from navagent.learning.imitation import (
 from navagent.learning.ppo import PPO
 
 
+def choose(mix, *step):
+    mix.draw()
+    return mix.choose(*step)
+
+
 def mixture(num_envs=1000, stop_action=0, **settings):
     config = ImitationConfig(**{"frames": 100, "final_share": 0.0, **settings})
     return ExpertMixture(config, num_envs, stop_action, torch.Generator().manual_seed(0))
@@ -28,21 +33,21 @@ def test_behaviour_is_the_experts_at_first_and_the_learners_at_last():
     mix = mixture()
     learner, expert = torch.full((1000,), 2), torch.full((1000,), 1)
     starts = torch.ones(1000, dtype=torch.bool)
-    assert torch.equal(mix.choose(learner, expert, starts, 0), expert)
-    half = (mix.choose(learner, expert, starts, 25) == expert).float().mean().item()
+    assert torch.equal(choose(mix, learner, expert, starts, 0), expert)
+    half = (choose(mix, learner, expert, starts, 25) == expert).float().mean().item()
     assert 0.45 < half < 0.55
     # It ends at once, also for those whose turn the expert's was.
-    assert torch.equal(mix.choose(learner, expert, ~starts, 80), learner)
+    assert torch.equal(choose(mix, learner, expert, ~starts, 80), learner)
 
 
 def test_who_acts_is_drawn_anew_after_so_many_steps_on_average():
     mix = mixture(mixing_fraction=0.0, final_share=0.5, segment_steps=20)
     learner, expert = torch.full((1000,), 2), torch.full((1000,), 1)
     starts = torch.ones(1000, dtype=torch.bool)
-    before = mix.choose(learner, expert, starts, 0)
+    before = choose(mix, learner, expert, starts, 0)
     changes = 0
     for _ in range(100):
-        now = mix.choose(learner, expert, ~starts, 0)
+        now = choose(mix, learner, expert, ~starts, 0)
         changes += int((now != before).sum())
         before = now
     # A new draw changes who acts half of the time.
@@ -52,11 +57,11 @@ def test_who_acts_is_drawn_anew_after_so_many_steps_on_average():
 def test_at_first_the_learner_stops_only_where_the_expert_would():
     learner, expert = torch.tensor([0, 0, 3]), torch.tensor([1, 0, 0])
     starts = torch.ones(3, dtype=torch.bool)
-    assert mixture(3).choose(learner, expert, starts, 79).tolist() == [1, 0, 3]
+    assert choose(mixture(3), learner, expert, starts, 79).tolist() == [1, 0, 3]
     # Near the end of imitation it stops as it likes.
-    assert mixture(3).choose(learner, expert, starts, 80).tolist() == [0, 0, 3]
+    assert choose(mixture(3), learner, expert, starts, 80).tolist() == [0, 0, 3]
     # With automatic stopping, action 0 is a move like the others.
-    assert mixture(3, stop_action=None).choose(learner, expert, starts, 79).tolist() == [0, 0, 3]
+    assert choose(mixture(3, stop_action=None), learner, expert, starts, 79).tolist() == [0, 0, 3]
 
 
 def test_inflections_are_changes_of_the_experts_action_within_an_episode():

@@ -2,7 +2,7 @@ import pytest
 import torch
 from learning_world import LineVecEnv, LineWorld
 
-from navagent.learning.rollout import SequenceBuffer, generalized_advantages, tensor_env
+from navagent.learning.rollout import SequenceBuffer, generalized_advantages, tensor_envs
 
 
 def brute_force_advantage(rewards, values, starts, last_value, last_done, gamma, lam, t):
@@ -153,7 +153,7 @@ def test_misuse_is_refused_with_what_to_do():
 def test_numpy_and_tensor_environments_give_the_same_steps():
     def steps(expose_torch):
         env = LineVecEnv(LineWorld(num_envs=5, max_steps=4, seed=3), expose_torch)
-        stepper = tensor_env(env, torch.device("cpu"))
+        stepper = tensor_envs(env, torch.device("cpu"))[0]
         generator = torch.Generator().manual_seed(0)
         return [stepper.step(torch.randint(0, 4, (5,), generator=generator)) for _ in range(20)]
 
@@ -177,5 +177,5 @@ def test_numpy_and_tensor_environments_give_the_same_steps():
 def test_a_batched_environments_expert_is_asked_once_for_all(output):
     world = LineWorld(num_envs=5, seed=3)
     world.output = output
-    stepper = tensor_env(LineVecEnv(world), torch.device("cpu"))
+    stepper = tensor_envs(LineVecEnv(world), torch.device("cpu"))[0]
     assert stepper.expert_actions().tolist() == world.expert_actions().tolist()

@@ -304,14 +304,18 @@ def optimizer_settings(name: str) -> dict[str, Any]:
     return {"optimizer_class": kind, "optimizer_kwargs": {"eps": ADAM_EPSILON, **options}}
 
 
-def policy_settings(config: TrainConfig) -> dict[str, Any]:
-    """Keyword arguments of :class:`policies.actor_critic.NavigationPolicy`."""
+def policy_settings(config: TrainConfig, restored: bool = False) -> dict[str, Any]:
+    """Keyword arguments of :class:`policies.actor_critic.NavigationPolicy`.
+
+    A policy that is ``restored`` from a checkpoint needs none of the files that its weights started from.
+    """
     # "default" leaves it to the method: training from scratch starts from random weights.
     weights = None if config.encoder.weights == "default" else config.encoder.weights
     return {
         "encoder": config.encoder.name,
         "weights": weights,
         "image_features": config.encoder.image_features,
+        "restored": restored,
         "adaptation": config.adaptation.name,
         "adaptation_options": dict(config.adaptation.options),
         "memory": config.memory.name,

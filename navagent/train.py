@@ -99,7 +99,6 @@ def _train(
     config: TrainConfig, console: Console, stop: StopSignals, stack: contextlib.ExitStack, ranks: Ranks
 ) -> Run:
     state: dict[str, Any] | None = None
-    built = config
     if config.resume is not None:
         run = Run(Path(config.resume).expanduser())
         if ranks.first:
@@ -109,8 +108,6 @@ def _train(
         # A run that was killed while its homes were loading has neither, and begins.
         if run.checkpoints() or run.read_metrics():
             state = run.load_checkpoint("latest")
-            # All weights are in the checkpoint; the files they started from may be gone.
-            built = without_weight_files(config)
     else:
         check_weights(config)
     with ranks.one_before_others():
@@ -119,7 +116,8 @@ def _train(
         val_split = load_split(config, config.scenes.val_split)
     own_split = share_of_scenes(config, train_split, ranks)
     check_scenes(own_split.scenes.values())
-    model = make_model(built, own_split, ranks)
+    # Where all weights are in a checkpoint, the files they started from may be gone.
+    model = make_model(config, own_split, ranks, restored=state is not None)
     assert model.env is not None
     stack.callback(model.env.close)
     memory = plan_memory(config, model, val_split.scenes.values())
@@ -172,10 +170,11 @@ def learning_rate(algorithm: AlgorithmConfig, processes: int = 1) -> LearningRat
     )
 
 
-def make_model(config: TrainConfig, split: Split, ranks: Ranks | None = None) -> PPO:
+def make_model(config: TrainConfig, split: Split, ranks: Ranks | None = None, restored: bool = False) -> PPO:
     """The algorithm with its environment over a split's episodes, and its policy.
 
-    Each of several ``ranks`` makes its own, and they learn together.
+    Each of several ``ranks`` makes its own, and they learn together. The weights of a model that is
+    ``restored`` are still to be loaded.
     """
     from policies.actor_critic import NavigationPolicy
 
@@ -221,7 +220,7 @@ def make_model(config: TrainConfig, split: Split, ranks: Ranks | None = None) ->
         ),
         ranks=ranks,
         sync_frac=config.distributed.sync_frac,
-        policy_kwargs=policy_settings(config),
+        policy_kwargs=policy_settings(config, restored),
         seed=config.seed,
         device=training_device(config.device),
     )
@@ -630,17 +629,6 @@ class RunWriter(KVWriter):
         """Closes TensorBoard's file."""
         if self._board is not None:
             self._board.close()
-
-
-def without_weight_files(config: TrainConfig) -> TrainConfig:
-    """The settings of the same network, but none of the files whose weights it started from."""
-    from navagent.evaluation.command import without_files
-
-    return dataclasses.replace(
-        config,
-        encoder=dataclasses.replace(config.encoder, weights="random"),
-        adaptation=without_files(config.adaptation),
-    )
 
 
 def plan(

@@ -36,6 +36,8 @@ class NavigationPolicy(ActorCriticPolicy):
         adaptation: name of the method that adapts it, or "blind".
         adaptation_options: further settings of that method.
         image_features: length of the vector each image becomes.
+        restored: whether all weights are going to come from a saved state, so that no file of weights is
+            read.
         memory: "gru", "lstm", "frame_stack" or "none".
         hidden_size: length of what memory puts out.
         layers: layers of a recurrent memory.
@@ -59,6 +61,7 @@ class NavigationPolicy(ActorCriticPolicy):
         adaptation: str = "sidetune",
         adaptation_options: Mapping[str, Any] | None = None,
         image_features: int = 256,
+        restored: bool = False,
         memory: str = "gru",
         hidden_size: int = 256,
         layers: int = 1,
@@ -90,6 +93,7 @@ class NavigationPolicy(ActorCriticPolicy):
                 "adaptation": adaptation,
                 "adaptation_options": adaptation_options,
                 "image_features": image_features,
+                "restored": restored,
             },
             normalize_images=False,
             optimizer_class=optimizer_class,
@@ -325,4 +329,5 @@ class NavigationPolicy(ActorCriticPolicy):
             "weight_decay": self._weight_decay,
             **self._memory_settings,
             **self.features_extractor_kwargs,
+            "restored": True,
         }

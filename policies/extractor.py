@@ -150,6 +150,8 @@ class AdaptedExtractor(BaseFeaturesExtractor):
         adaptation: name of the method, see :data:`policies.adaptation.ADAPTATIONS`, or "blind".
         adaptation_options: further settings of the method.
         image_features: length of the vector each image becomes.
+        restored: whether all weights are going to come from a saved state, so that no file of weights is
+            read.
     """
 
     def __init__(
@@ -160,6 +162,7 @@ class AdaptedExtractor(BaseFeaturesExtractor):
         adaptation: str = "sidetune",
         adaptation_options: Mapping[str, Any] | None = None,
         image_features: int = 256,
+        restored: bool = False,
     ) -> None:
         parts = (
             dict(observation_space.spaces)
@@ -185,7 +188,7 @@ class AdaptedExtractor(BaseFeaturesExtractor):
             chosen = weights.get(key) if isinstance(weights, Mapping) else weights
             if chosen is not None:
                 options["weights"] = chosen
-            method = make_adaptation(adaptation, **options)
+            method = make_adaptation(adaptation, restored=restored, **options)
             self.adaptations[key] = method
             self.heads[key] = TransferHead(method.output_shape(height, width), image_features)
         self.image_dims = len(self.adaptations) * image_features

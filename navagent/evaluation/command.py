@@ -27,7 +27,7 @@ from navagent.build import (
     read_split,
     training_device,
 )
-from navagent.config import AdaptationConfig, ConfigError, SensorsConfig, TrainConfig, nearest, read_config
+from navagent.config import ConfigError, SensorsConfig, TrainConfig, nearest, read_config
 from navagent.distributed import Ranks, joined
 from navagent.evaluation.agents import BASELINES, Agent, PolicyAgent
 from navagent.evaluation.evaluate import evaluate_agent, gathered, spread
@@ -236,14 +236,6 @@ def _contender_config(run: Run, config: TrainConfig) -> TrainConfig:
     )
 
 
-def without_files(adaptation: AdaptationConfig) -> AdaptationConfig:
-    """The same network, but none of the files whose weights it started from."""
-    options = {k: v for k, v in adaptation.options.items() if not k.endswith("_weights")}
-    if options.get("side_init") == "distilled":
-        options["side_init"] = "random"
-    return AdaptationConfig(adaptation.name, options)
-
-
 def load_policy(run: Run, env: PointNavVectorEnv, checkpoint: str | int = "best") -> NavigationPolicy:
     """The policy saved in a run's checkpoint, ready to act in ``env``.
 
@@ -252,13 +244,11 @@ def load_policy(run: Run, env: PointNavVectorEnv, checkpoint: str | int = "best"
     """
     config = read_config(run.config_path)
     # All weights are in the checkpoint; the files they started from may be gone.
-    config = dataclasses.replace(
-        config,
-        encoder=dataclasses.replace(config.encoder, weights="random"),
-        adaptation=without_files(config.adaptation),
-    )
     policy = NavigationPolicy(
-        env.single_observation_space, env.single_action_space, lambda _: 0.0, **policy_settings(config)
+        env.single_observation_space,
+        env.single_action_space,
+        lambda _: 0.0,
+        **policy_settings(config, restored=True),
     )
     state = run.load_checkpoint(checkpoint)
     try:

@@ -20,7 +20,7 @@ from policies.adaptation.scratch import Scratch, ScratchConfig
 from policies.adaptation.side_tuning import SideTuning, SideTuningConfig
 from policies.adaptation.spottune import SpotTune, SpotTuneConfig
 from policies.adaptation.superposition import Superposition, SuperpositionConfig
-from policies.encoders import Encoder
+from policies.encoders import Encoder, make_encoder
 from policies.names import nearest
 
 __all__ = [
@@ -77,13 +77,17 @@ ADAPTATIONS: dict[str, type[Adaptation]] = {
 """Methods by the name that selects them."""
 
 
-def make_adaptation(name: str, base: Encoder | None = None, **options: Any) -> Adaptation:
+def make_adaptation(
+    name: str, base: Encoder | None = None, *, restored: bool = False, **options: Any
+) -> Adaptation:
     """Builds a method.
 
     Args:
         name: a key of :data:`ADAPTATIONS`.
         base: the pre-trained network to adapt, which is copied; None makes it from ``encoder``, ``weights``
             and ``channels``.
+        restored: whether all weights are going to come from a saved state, so that no file of weights is
+            read, see :meth:`Adaptation.to_restore`.
         options: fields of the method's configuration.
 
     Raises:
@@ -101,4 +105,7 @@ def make_adaptation(name: str, base: Encoder | None = None, **options: Any) -> A
                 f"adaptation {name!r} has no option {option!r}{nearest(option, fields)} "
                 f"Known: {', '.join(fields)}"
             )
-    return method(method.config_class(**options), base)  # type: ignore[call-arg]
+    config = method.config_class(**options)
+    if restored:
+        return method.to_restore(config, base or make_encoder(config.encoder, config.channels, "random"))
+    return method(config, base)  # type: ignore[call-arg]

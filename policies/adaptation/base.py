@@ -9,7 +9,7 @@ import typing
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -134,11 +134,30 @@ class Adaptation(nn.Module, ABC):
     base: FrozenEncoder
     """The frozen encoder; absent where the method has none."""
 
-    def __init__(self, config: AdaptationConfig) -> None:
+    def __init__(self, config: AdaptationConfig, restored: bool = False) -> None:
         super().__init__()
         self.config = config
+        # Whether all weights are still to come from a saved state.
+        self._restored = restored
         self.adapters = nn.ModuleDict()
         self.task = ""
+
+    @classmethod
+    def to_restore(cls, config: AdaptationConfig, base: Encoder) -> Self:
+        """The method before :meth:`load_state_dict` or :meth:`load_delta` gives it all of its weights.
+
+        It has the settings that it was begun with, since some of them say how it goes on. The files that they
+        name are not read, and weights are not looked at before they are there.
+
+        Args:
+            config: the settings.
+            base: a network of the base's design, whatever its weights.
+        """
+        return cls(config, base)  # type: ignore[call-arg]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._restored = False
 
     @abstractmethod
     def make_adapter(self) -> nn.Module:

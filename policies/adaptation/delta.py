@@ -153,13 +153,11 @@ def load_delta(path: str | Path, base: Encoder | None = None, side: Encoder | No
                 f"{path}: made for {delta.base} {str(delta.base_sha256)[:8]}..., not {base.name} "
                 f"{found[:8]}...{random}; {_GIVE_BASE}"
             )
-    networks: dict[str, Any] = {}
-    if issubclass(kind, SideTuning):
-        networks = {"side": side, "restored": True}
-    elif side is not None:
+    if side is not None and not issubclass(kind, SideTuning):
         raise WeightsError(f"{path}: made by the method {delta.method!r}, which takes no side network")
     try:
-        method = kind(config, base, **networks)  # type: ignore[call-arg]
+        own = {} if side is None else {"side": side}
+        method = kind.to_restore(config, base, **own)
         for task in (*delta.tasks, delta.task):
             method.start_task(task)
         method.load_delta(delta.tensors)

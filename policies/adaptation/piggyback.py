@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -60,21 +60,9 @@ class PiggybackConfig(AdaptationConfig):
                 "mask_scale, else every weight would start removed"
             )
 
-    def kept_score(self, name: str, weight: Tensor) -> float:
-        """The score at which a weight of a layer is kept, at the start and after loading a mask.
-
-        Raises:
-            ValueError: if it is not above the threshold.
-        """
-        if self.mask_init != "weight_based_1s":
-            return self.mask_scale
-        score = float(weight.abs().mean())
-        if not score > self.threshold:
-            raise ValueError(
-                f"mask_init 'weight_based_1s': the mean absolute weight {score:.3g} of {name} is not above "
-                f"the threshold {self.threshold}: all of the layer would start removed; lower the threshold"
-            )
-        return score
+    def kept_score(self, weight: Tensor) -> float:
+        """The score at which a layer's weights are kept, at the start and after loading a mask."""
+        return float(weight.abs().mean()) if self.mask_init == "weight_based_1s" else self.mask_scale
 
 
 class _MaskedWeight(torch.autograd.Function):
@@ -131,7 +119,7 @@ class MaskAdapter(nn.Module):
             else TaskNormalisation(encoder, config.normalisation == "statistics")
         )
         for name, weight in layer_weights(encoder).items():
-            score = torch.full_like(weight, config.kept_score(name, weight))
+            score = torch.full_like(weight, config.kept_score(weight))
             if config.mask_init == "uniform":
                 score.uniform_(-config.mask_scale, config.mask_scale)
             self.scores[slot(name)] = nn.Parameter(score)
@@ -172,7 +160,7 @@ class MaskAdapter(nn.Module):
     def load_packed_masks(self, packed: Mapping[str, Tensor], encoder: Encoder) -> None:
         """Sets scores to where new ones are kept, to 0 where removed, below 0 where turned."""
         for key, score in self.scores.items():
-            kept_score = self.config.kept_score(dotted(key), encoder.get_buffer(dotted(key)))
+            kept_score = self.config.kept_score(encoder.get_buffer(dotted(key)))
             bits = packed[key].to(score.device)
             if self.config.ternary:
                 kept, turned = unpack_bits(bits, 2 * score.numel()).view(-1, 2).unbind(1)
@@ -194,13 +182,31 @@ class Piggyback(Adaptation):
     recomputed: ClassVar[str] = "its masks change what the layers compute"
     config: PiggybackConfig
 
-    def __init__(self, config: PiggybackConfig, base: Encoder | None = None) -> None:
-        super().__init__(config)
+    def __init__(self, config: PiggybackConfig, base: Encoder | None = None, restored: bool = False) -> None:
+        super().__init__(config, restored)
         self.base = FrozenEncoder(base or config.make_encoder())
         self.start_task(DEFAULT_TASK)
 
+    @classmethod
+    def to_restore(cls, config: AdaptationConfig, base: Encoder) -> Self:
+        """See :meth:`Adaptation.to_restore`."""
+        assert isinstance(config, PiggybackConfig)
+        return cls(config, base, restored=True)
+
     def make_adapter(self) -> MaskAdapter:
-        """Scores in their initial state."""
+        """Scores in their initial state.
+
+        Raises:
+            ValueError: if a layer would start without any of its weights.
+        """
+        for name, weight in layer_weights(self.base.encoder).items():
+            score = self.config.kept_score(weight)
+            if not (self._restored or score > self.config.threshold):
+                raise ValueError(
+                    f"mask_init 'weight_based_1s': the mean absolute weight {score:.3g} of {name} is not "
+                    f"above the threshold {self.config.threshold}: all of the layer would start removed; "
+                    "lower the threshold"
+                )
         return MaskAdapter(self.config, self.base.encoder)
 
     def masks(self) -> dict[str, Tensor]:

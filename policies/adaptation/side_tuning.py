@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -175,8 +175,8 @@ class SideTuning(Adaptation):
         base: the network to adapt, which is copied; None makes it by the configuration.
         side: the network that every task's side network begins as a copy of, with the weights it has unless
             ``side_init`` gives it others; None takes ``side_encoder``, or the base's design.
-        restored: whether the side networks' weights come by :meth:`load_delta`: until then, tasks need no
-            file of a distilled one.
+        restored: whether all weights come from a saved state: until then, tasks need no file of a distilled
+            side network.
 
     Raises:
         ValueError: if base and side cannot be fused, or the side cannot start as the settings say.
@@ -193,15 +193,20 @@ class SideTuning(Adaptation):
         side: Encoder | None = None,
         restored: bool = False,
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, restored)
         if side is not None and (config.side_encoder is not None or config.fusion == "base"):
             taken = "fusion 'base'" if config.fusion == "base" else f"side_encoder {config.side_encoder!r}"
             raise ValueError(f"a side network was given, and {taken} besides; leave out one of them")
         self.base = FrozenEncoder(base or config.make_encoder())
         # In a tuple, so that they are no part of this network.
         self._designs = (base, copy.deepcopy(side))
-        self._restored = restored
         self.start_task(DEFAULT_TASK)
+
+    @classmethod
+    def to_restore(cls, config: AdaptationConfig, base: Encoder, side: Encoder | None = None) -> Self:
+        """See :meth:`Adaptation.to_restore`; ``side`` is of the design that the side network was given in."""
+        assert isinstance(config, SideTuningConfig)
+        return cls(config, base, side, restored=True)
 
     def make_adapter(self) -> SideAdapter:
         """A side network and a fusion in their initial state."""
@@ -238,14 +243,9 @@ class SideTuning(Adaptation):
             side.load_tensors(read_weights(config.side_weights).tensors, config.side_weights)
         elif config.side_init == "low_energy":
             side.scale_outputs(LOW_ENERGY)
-        elif config.side_init == "zero":
+        elif config.side_init == "zero" and not self._restored:
             _silence(side)
         return side
-
-    def load_delta(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes what :meth:`delta` gave, see :meth:`Adaptation.load_delta`."""
-        super().load_delta(tensors)
-        self._restored = False
 
     def start_task(self, task: str) -> None:
         """Begins or selects a task, see :meth:`Adaptation.start_task`."""

@@ -16,10 +16,11 @@ from rich.console import Console
 from envs.simulators.raycast.simulator import RaycastSimulator
 from envs.vector_env import PointNavVectorEnv
 from navagent import preemption
-from navagent.build import load_split
+from navagent.build import load_split, make_vector_env
 from navagent.cli import main
 from navagent.config import ConfigError, load_config, read_config, to_yaml
 from navagent.evaluation.agents import PolicyAgent
+from navagent.evaluation.command import load_policy
 from navagent.evaluation.pictures import Studio
 from navagent.learning.ppo import PPO
 from navagent.preemption import REQUEUE_STATUS
@@ -264,6 +265,52 @@ def test_a_run_goes_on_without_the_files_that_its_weights_started_from(room, tmp
     assert numbers(resumed) == numbers(straight)
     # What it started from is still told.
     assert read_config(resumed.config_path).encoder.weights == str(files["base"])
+
+
+SIDE = "features_extractor.adaptations.rgb.adapters.task.side.encoder."
+
+
+@pytest.mark.filterwarnings("ignore:.*look untrained")
+def test_statistics_of_a_distilled_side_network_stay_after_resuming_too(room, tmp_path):
+    side = make_encoder("resnet44", weights="random")
+    with torch.no_grad():
+        for name, value in side.state_dict().items():
+            if name.endswith("running_var"):
+                value.uniform_(0.5, 1.5)
+    file = tmp_path / "side.safetensors"
+    save_safetensors(file, side.state_dict())
+    asked = [
+        "encoder=resnet44",
+        "encoder.weights=random",
+        "adaptation.side_init=distilled",
+        f"adaptation.side_weights={file}",
+        "algorithm.total_frames=16",
+        "algorithm.num_envs=2",
+        "algorithm.num_steps=4",
+        "algorithm.epochs=1",
+        "algorithm.imitation_frames=0",
+        "evaluation.every_frames=0",
+    ]
+    straight = train(settings(room, tmp_path / "straight", *asked), silent())
+    train(settings(room, tmp_path / "run", *asked, "algorithm.max_minutes=1e-6"), silent())
+    file.unlink()
+    resumed = train(load_config([f"resume={tmp_path / 'run'}", "algorithm.max_minutes=0"]), silent())
+    assert int(resumed.checkpoint("latest").stem) == 16
+    assert numbers(resumed) == numbers(straight)
+    learned = resumed.load_checkpoint("latest")["policy"]
+    statistics = [name for name in side.state_dict() if "running_" in name]
+    assert all(torch.equal(learned[SIDE + name], side.state_dict()[name]) for name in statistics)
+    # Whoever loads the agent to train it further is in the same position.
+    config = read_config(resumed.config_path)
+    split = load_split(config, "val")
+    env = make_vector_env(config, split.episodes, split.scenes, 1)
+    policy = load_policy(resumed, env, "latest").train()
+    assert not any(
+        module.training
+        for module in policy.features_extractor.adaptations["rgb"].side.modules()
+        if isinstance(module, torch.nn.BatchNorm2d)
+    )
+    env.close()
 
 
 def test_the_plan_tells_memory_and_what_becomes_of_frozen_features(whole):

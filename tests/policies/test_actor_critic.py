@@ -10,6 +10,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from test_extractor import TinyWorld
 
 from policies.actor_critic import NavigationPolicy
+from policies.encoders import make_encoder
+from policies.weights import save_safetensors
 
 SPACE = spaces.Dict(
     rgb=spaces.Box(0, 255, (64, 64, 3), np.uint8),
@@ -200,6 +202,48 @@ def test_saving_and_loading_keeps_the_policy(tmp_path):
     assert torch.equal(*out)
     assert again.memory_shape == (4, 24)
     assert again.optimizer.param_groups[0]["weight_decay"] == 0.01
+
+
+@pytest.mark.filterwarnings("ignore:.*look untrained")
+@pytest.mark.parametrize(
+    ("adaptation", "options"),
+    [
+        ("sidetune", {"side_init": "distilled", "side_weights": "side.safetensors"}),
+        # No layer of random weights would pass this threshold.
+        ("piggyback", {"mask_init": "weight_based_1s", "threshold": 0.4}),
+        ("scratch", {}),
+        ("finetune", {}),
+    ],
+)
+def test_a_saved_policy_is_loaded_without_the_files_that_it_started_from(
+    adaptation, options, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    network = make_encoder("fcn5_small", 3, "random")
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(0.5 * (1 + parameter.detach()))
+    for name in ("base", "side"):
+        save_safetensors(f"{name}.safetensors", network.state_dict())
+    weights = None if adaptation == "scratch" else "base.safetensors"
+    policy = make(adaptation=adaptation, adaptation_options=options, weights=weights)
+    policy.save(tmp_path / "policy")
+    for name in ("base", "side"):
+        (tmp_path / f"{name}.safetensors").unlink()
+    loaded = NavigationPolicy.load(tmp_path / "policy")
+    for key, value in policy.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[key])
+    (method,) = loaded.features_extractor.adaptations.values()
+    (before,) = policy.features_extractor.adaptations.values()
+    assert method.config == before.config
+    # What comes after is checked and read as ever.
+    if adaptation in ("sidetune", "piggyback"):
+        match = "no such weights file" if adaptation == "sidetune" else "would start removed"
+        if adaptation == "piggyback":
+            with torch.no_grad():
+                method.base.encoder.conv1[0].weight.zero_()
+        with pytest.raises(ValueError, match=match):
+            method.start_task("another")
 
 
 def test_plain_stable_baselines3_ppo_trains_a_policy_without_memory(tmp_path):

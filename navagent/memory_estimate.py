@@ -15,7 +15,6 @@ import copy
 import io
 import json
 import os
-import resource
 import struct
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -33,6 +32,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from navagent.config import ConfigError, TrainConfig
 from navagent.distributed import Launch
+from navagent.limits import available_memory
 
 if TYPE_CHECKING:
     from navagent.learning.ppo import PPO
@@ -384,75 +384,10 @@ def held_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def available_memory(root: Path = Path("/")) -> int | None:
-    """What this process may still take of the host's memory [bytes]; None where the system does not tell.
-
-    The least of what the machine has left, what the container or job has left (cgroups, versions 1 and 2),
-    and what ``ulimit -v`` leaves.
-
-    Args:
-        root: where ``proc`` and ``sys`` lie.
-    """
-    limits = [*_machine(root), *_cgroups(root)]
-    address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if address_space != resource.RLIM_INFINITY and root == Path("/"):
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limits.append(address_space - pages * os.sysconf("SC_PAGE_SIZE"))
-    return max(0, min(limits)) if limits else None
-
-
 def own_part(available: int | None) -> int | None:
     """What is this process's of the host's memory [bytes], where several of a training share a machine."""
     launch = Launch.read()
     return available if available is None or launch is None else available // launch.local_size
-
-
-def _machine(root: Path) -> Iterable[int]:
-    try:
-        lines = (root / "proc/meminfo").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            yield int(line.split()[1]) * 1024
-
-
-def _cgroups(root: Path) -> Iterable[int]:
-    """What each limit on this process's group, or on one around it, leaves."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            top, files = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            top = root / "sys/fs/cgroup/memory"
-            files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        # In a container the path may be one of the host's; the container's own group is then the top.
-        group = top / path.lstrip("/")
-        for folder in (group, *group.parents):
-            left = _left(folder, *files)
-            if left is not None:
-                yield left
-            if folder == top:
-                break
-
-
-def _left(folder: Path, limit: str, usage: str, cache: str) -> int | None:
-    try:
-        allowed, used = ((folder / name).read_text().strip() for name in (limit, usage))
-        statistics = (folder / "memory.stat").read_text().split()
-    except OSError:
-        return None
-    if not allowed.isdigit():
-        return None  # "max"
-    # Pages of files are given up for anything else.
-    reclaimable = int(statistics[statistics.index(cache) + 1]) if cache in statistics else 0
-    return int(allowed) - int(used) + reclaimable
 
 
 def free_on(device: torch.device) -> int | None:

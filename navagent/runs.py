@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from envs.files import atomic_write
+from navagent.limits import usable_cores
 
 FORMAT = "navagent-checkpoint"
 VERSION = 1
@@ -198,7 +199,7 @@ def versions() -> dict[str, Any]:
             found[package] = None
     found["commit"] = _commit()
     found["cpu"] = _processor()
-    found["cpu_cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found["cpu_cores"] = usable_cores()
     found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return found
 

@@ -26,6 +26,7 @@ from navagent.learning.crew import crew
 from navagent.learning.frames import FrameSource, View, describe_dataset, render_frames
 from navagent.learning.perception import TASKS
 from navagent.learning.transfer import BASE_TASK, Base, Bench, Job, Outcome, Row, TransferConfig, rows
+from navagent.limits import usable_cores
 from policies.names import nearest
 from policies.weights import sha256
 
@@ -135,7 +136,7 @@ def compare(
     for outcome in runs.read():
         plan.take(outcome)
     try:
-        _carry_out(plan, runs, shared, config.workers or _cores(), console)
+        _carry_out(plan, runs, shared, config.workers or usable_cores(), console)
     except KeyboardInterrupt:
         console.print(f"stopped after {plan.done} of {plan.total} trainings; the same command goes on")
         raise
@@ -149,7 +150,7 @@ def compare(
             "settings": json.loads((out / "settings.json").read_text("utf-8")),
             "seeds": config.seeds,
             "skipped": plan.skipped,
-            "workers": config.workers or _cores(),
+            "workers": config.workers or usable_cores(),
             "seconds": round(time.perf_counter() - began),
         },
     )
@@ -300,7 +301,3 @@ def _claim(out: Path, config: ComparisonConfig, bases: Sequence[Base]) -> None:
         return
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(settings, indent=1) + "\n")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -13,13 +13,13 @@ from envs.scenes.gltf import load_scene
 from envs.simulators.base import SensorSpec
 from envs.simulators.raycast.renderer import Renderer
 from navagent.config import ConfigError
+from navagent.limits import available_memory
 from navagent.memory_estimate import (
     Footprint,
     Growth,
     LiveBytes,
     MemoryPlan,
     Shape,
-    available_memory,
     check_scenes,
     feature_storage,
     footprint,
@@ -226,53 +226,12 @@ def test_what_fits_barely_is_warned_of():
     assert "MALLOC_MMAP_THRESHOLD_" not in plan(total + asked.minibatch).describe()
 
 
-def write(root, files):
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-
-
-def test_the_tightest_limit_of_machine_container_and_job_counts(tmp_path):
-    assert available_memory(tmp_path) is None
-    write(tmp_path, {"proc/meminfo": "MemTotal: 900 kB\nMemAvailable:  800 kB\n"})
-    assert available_memory(tmp_path) == 800 * 1024
-    group = "sys/fs/cgroup/job/step"
-    write(
-        tmp_path,
-        {
-            "proc/self/cgroup": "0::/job/step\n",
-            f"{group}/memory.max": "max\n",
-            f"{group}/memory.current": "1000\n",
-            f"{group}/memory.stat": "anon 1\ninactive_file 50\n",
-            "sys/fs/cgroup/job/memory.max": "5000\n",
-            "sys/fs/cgroup/job/memory.current": "1000\n",
-            "sys/fs/cgroup/job/memory.stat": "anon 1\ninactive_file 50\n",
-        },
-    )
-    assert available_memory(tmp_path) == 4050
-    write(tmp_path, {f"{group}/memory.max": "900\n"})
-    assert available_memory(tmp_path) == 0
-
-
-def test_limits_of_older_kernels_and_of_containers_own_groups_count(tmp_path):
-    top = "sys/fs/cgroup/memory"
-    write(
-        tmp_path,
-        {
-            "proc/self/cgroup": "5:cpu:/docker/abc\n4:memory:/docker/abc\n0::/\n",
-            f"{top}/memory.limit_in_bytes": "7000\n",
-            f"{top}/memory.usage_in_bytes": "3000\n",
-            f"{top}/memory.stat": "total_inactive_file 10\n",
-        },
-    )
-    assert available_memory(tmp_path) == 4010
-
-
 def test_this_machine_has_memory_and_this_process_holds_some():
     held = held_bytes()
     assert 10 << 20 < held < 1 << 40
     assert available_memory() > 0
-    more = torch.ones(32 << 20, dtype=torch.uint8)
+    # More than the C library would take from what it keeps of freed memory.
+    more = torch.ones(64 << 20, dtype=torch.uint8)
     assert held_bytes() - held > 0.8 * len(more)
 
 

@@ -11,7 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from navagent.arguments import BAD_INPUT, UsageError, command_parser, nearest
+from navagent.arguments import (
+    BAD_INPUT,
+    UsageError,
+    command_parser,
+    name_list,
+    nearest,
+    number_list,
+)
 
 HELP = """\
 usage: navagent adapt list [--bases NAMES] [--methods NAMES] [--size HxW] [--batch-size N] [--json]
@@ -89,9 +96,11 @@ def _list(arguments: Sequence[str]) -> int:
         """,
     )
     parser.add_argument(
-        "--bases", metavar="NAMES", type=_names, default=("resnet_small", "vit_mini"), help="encoders"
+        "--bases", metavar="NAMES", type=name_list, default=("resnet_small", "vit_mini"), help="encoders"
     )
-    parser.add_argument("--methods", metavar="NAMES", type=_names, default=(), help="methods (default: all)")
+    parser.add_argument(
+        "--methods", metavar="NAMES", type=name_list, default=(), help="methods (default: all)"
+    )
     parser.add_argument(
         "--size",
         metavar="HxW",
@@ -173,10 +182,10 @@ def _compare(arguments: Sequence[str]) -> int:
     )
     given: list[tuple[str, str, Callable[[str], Any], str]] = [
         ("task", "NAME", str, "what is learned: reshading (default), curvature, edge_occlusion or depth"),
-        ("images", "N,N", _numbers, "numbers of training images (default: 50,500,5000)"),
+        ("images", "N,N", number_list, "numbers of training images (default: 50,500,5000)"),
         ("seeds", "N", int, "how often each is done (default: 3)"),
-        ("methods", "NAMES", _names, "rows of the table, with commas (default: all)"),
-        ("bases", "NAMES", _names, "encoders with their weights, or NAME=FOLDER of a pre-training"),
+        ("methods", "NAMES", name_list, "rows of the table, with commas (default: all)"),
+        ("bases", "NAMES", name_list, "encoders with their weights, or NAME=FOLDER of a pre-training"),
         ("steps", "N", int, "optimiser steps of each training (default: 240)"),
         ("workers", "N", int, "processes with one thread each (default: one a core)"),
     ]
@@ -206,19 +215,6 @@ def _compare(arguments: Sequence[str]) -> int:
 
 ACTIONS: dict[str, Callable[[Sequence[str]], int]] = {"list": _list, "distil": _distil, "compare": _compare}
 """Each action of ``navagent adapt`` with what runs it."""
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not whole numbers with commas, such as 50,500"
-        ) from None
 
 
 def _size(text: str) -> tuple[int, int]:

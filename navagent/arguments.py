@@ -51,3 +51,16 @@ def nearest(word: str, known: Sequence[str]) -> str:
     """The known word that is most like ``word``, as the end of a message; nothing where none is."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def name_list(text: str) -> tuple[str, ...]:
+    """The names of an option that takes several, with commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def number_list(text: str) -> tuple[int, ...]:
+    """The whole numbers of an option that takes several, with commas."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas, such as 4,16") from None

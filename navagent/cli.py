@@ -434,6 +434,12 @@ def _adapt(arguments: Sequence[str]) -> int:
     return adapt(arguments)
 
 
+def _bench(arguments: Sequence[str]) -> int:
+    from navagent.bench_command import bench
+
+    return bench(arguments)
+
+
 def _reference(arguments: Sequence[str]) -> int:
     parser = command_parser(
         "reference",
@@ -459,6 +465,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "scenes": (_scenes, "generate homes to navigate; draw scenes"),
     "weights": (_weights, "list, fetch, import and check published weights"),
     "adapt": (_adapt, "list what adaptation methods cost; distil side networks; compare all methods"),
+    "bench": (_bench, "measure how fast training is, beside other learners"),
     "reference": (_reference, "hold the simulator against recordings of real Habitat"),
 }
 """Each verb with what runs it and one line on what it is for."""

@@ -93,7 +93,7 @@ def _work(
 ) -> None:
     # Ctrl-C reaches every process of a terminal; the first one decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     bench = Bench(config)
     while True:
@@ -103,7 +103,7 @@ def _work(
             results.put(traceback.format_exc())
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Ends this process as soon as the one that started it is gone, even if that was killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -351,15 +351,7 @@ class PointNavVectorEnv(VectorEnv[Observations, Any, Any]):
 
     def _space(self, name: str) -> gym.Space[Any]:
         if name in self._cameras:
-            sensor = self._cameras[name]
-            shape = (sensor.height, sensor.width)
-            if sensor.kind == "rgb":
-                return spaces.Box(0, 255, (*shape, 3), np.uint8)
-            if sensor.kind == "depth":
-                return spaces.Box(0.0, 1.0, (*shape, 1), np.float32)
-            if sensor.kind == "normals":
-                return spaces.Box(-1.0, 1.0, (*shape, 3), np.float32)
-            return spaces.Box(0, np.iinfo(np.int32).max, (*shape, 1), np.int32)
+            return camera_space(self._cameras[name])
         if name in TASK_SENSORS:
             return TASK_SENSORS[name][0]
         if name == PREVIOUS_ACTION:
@@ -432,6 +424,18 @@ class PointNavVectorEnv(VectorEnv[Observations, Any, Any]):
         if isinstance(value, dict):
             return {name: self._out(item) for name, item in value.items()}
         return value.cpu().numpy() if self.output == "numpy" else value.to(self.simulator.device)
+
+
+def camera_space(sensor: SensorSpec) -> spaces.Box:
+    """What a camera's observations look like."""
+    shape = (sensor.height, sensor.width)
+    if sensor.kind == "rgb":
+        return spaces.Box(0, 255, (*shape, 3), np.uint8)
+    if sensor.kind == "depth":
+        return spaces.Box(0.0, 1.0, (*shape, 1), np.float32)
+    if sensor.kind == "normals":
+        return spaces.Box(-1.0, 1.0, (*shape, 3), np.float32)
+    return spaces.Box(0, np.iinfo(np.int32).max, (*shape, 1), np.int32)
 
 
 def _to_unit_range(depth: Tensor, near: float, far: float) -> Tensor:

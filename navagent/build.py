@@ -94,13 +94,16 @@ def read_split(file: Path, scenes_dir: Path, name: str) -> Split:
     return Split(name, episodes, find_scenes(episodes, scenes_dir))
 
 
+def scenes_dir(config: TrainConfig) -> Path:
+    """The folder that scenes' ids start from; generates the data set's homes where they are not cached."""
+    return Path(config.scenes.scenes_dir).expanduser() if config.scenes.scenes_dir else dataset_dir(config)
+
+
 def load_split(config: TrainConfig, name: str) -> Split:
     """The split ``name`` of the settings' data set."""
     from envs.make import split_file
 
-    dataset = dataset_dir(config)
-    scenes_dir = Path(config.scenes.scenes_dir).expanduser() if config.scenes.scenes_dir else dataset
-    return read_split(split_file(dataset, name), scenes_dir, name)
+    return read_split(split_file(dataset_dir(config), name), scenes_dir(config), name)
 
 
 SHARED_SCENES_BYTES = 1 << 30

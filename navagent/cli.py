@@ -440,6 +440,12 @@ def _bench(arguments: Sequence[str]) -> int:
     return bench(arguments)
 
 
+def _demos(arguments: Sequence[str]) -> int:
+    from navagent.demonstrations.command import demos
+
+    return demos(arguments)
+
+
 def _reference(arguments: Sequence[str]) -> int:
     parser = command_parser(
         "reference",
@@ -462,6 +468,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (_train, "train an agent: homes, imitation, PPO, evaluation, report"),
     "evaluate": (_evaluate, "measure a trained agent, with maps, videos and other agents beside it"),
     "pretrain": (_pretrain, "train a perception encoder on the simulator's ground truth"),
+    "demos": (_demos, "record, replay and exchange demonstrations of the expert, an agent or a person"),
     "scenes": (_scenes, "generate homes to navigate; draw scenes"),
     "weights": (_weights, "list, fetch, import and check published weights"),
     "adapt": (_adapt, "list what adaptation methods cost; distil side networks; compare all methods"),

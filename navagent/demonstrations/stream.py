@@ -2,7 +2,7 @@
 
 ::
 
-    stream = open_stream(config, "demos/expert.demos", num_envs=16, seed=0)      # of navagent.demonstrations.open
+    stream = open_stream(config, "demos/expert.demos", num_envs=16)  # of demonstrations.open
     memory = policy.initial_memory(stream.num_envs)
     while stream.passes < 10:                        # times that every demonstration was seen, on average
         block = stream.block(64)                     # 64 steps of 16 agents, (T, N, ...)

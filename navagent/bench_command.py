@@ -63,7 +63,7 @@ def _train(arguments: Sequence[str]) -> int:
         """
         navagent bench train --quick
         navagent bench train --scene apartment.glb --agents 4,16,64
-        navagent bench train --networks sidetune_resnet44 --contestants navagent,navagent_uncached
+        navagent bench train --networks sidetune_resnet44 --contestants navagent,uncached
         navagent bench train --variant "one thread: num_threads=1" --contestants navagent
         navagent bench train --networks settings --contestants navagent --agents 32 sensors=rgbd
         """,
@@ -123,7 +123,7 @@ NAMES_HELP = "\n".join(
     [
         "learners:",
         "  navagent            this package's PPO",
-        "  navagent_uncached   the same without stored features, for networks with a frozen part",
+        "  uncached            the same without stored features, for networks with a frozen part",
         "  sb3                 stable_baselines3.PPO, or sb3_contrib.RecurrentPPO for an LSTM, as they are",
         "  plain               a plain loop of CleanRL's kind",
         "",

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
@@ -21,6 +21,9 @@ from envs.sb3 import SB3VecEnv
 from envs.vector_env import PointNavVectorEnv
 from navagent.build import Split, make_vector_env, policy_settings, set_threads, training_device
 from navagent.config import TrainConfig
+
+if TYPE_CHECKING:
+    from navagent.learning.ppo import PPO
 
 STAGES = ("simulate", "expert", "policy", "update")
 """What the time of an update is split into; what is left is the rest."""
@@ -77,25 +80,31 @@ class _Turns(BaseCallback):
 
 def navagent(config: TrainConfig, split: Split, turn: Turn) -> None:
     """This package's PPO."""
-    _navagent(config, split, turn, cache=True)
+    from navagent.train import make_model
+
+    _navagent(make_model(config, split), turn)
 
 
-def navagent_uncached(config: TrainConfig, split: Split, turn: Turn) -> None:
-    """The same without storing what a frozen encoder gives: it is computed anew in every epoch."""
-    _navagent(config, split, turn, cache=False)
+def uncached(config: TrainConfig, split: Split, turn: Turn) -> None:
+    """This package's PPO without stored features."""
+    _navagent(make_uncached(config, split), turn)
 
 
-def _navagent(config: TrainConfig, split: Split, turn: Turn, cache: bool) -> None:
+def make_uncached(config: TrainConfig, split: Split) -> PPO:
+    """A model that computes what a frozen encoder gives anew in every epoch, instead of storing it."""
     from navagent.train import make_model
 
     model = make_model(config, split)
     policy: Any = model.policy
-    if not cache:
-        policy.frozen_features = lambda obs: {}
+    policy.frozen_features = lambda obs: {}
+    return model
 
+
+def _navagent(model: PPO, turn: Turn) -> None:
     def ask() -> bool:
-        seconds = {name: model.stage_seconds.pop(name, 0.0) for name in list(model.stage_seconds)}
-        return turn(seconds, _learning(policy))
+        seconds = dict(model.stage_seconds)
+        model.stage_seconds.clear()
+        return turn(seconds, _learning(model.policy))
 
     try:
         model.learn(_ENDLESS, callback=_Turns(ask), log_interval=0)
@@ -125,7 +134,7 @@ def stable_baselines3(config: TrainConfig, split: Split, turn: Turn) -> None:
     With an LSTM, the policy gets the same network through their own settings: the features extractor, one
     LSTM that actor and critic share, and no further layers. The environment is an SB3 VecEnv.
     """
-    from stable_baselines3 import PPO
+    from stable_baselines3 import PPO as TheirPPO  # noqa: N811
 
     from policies.actor_critic import NavigationPolicy
     from policies.extractor import AdaptedExtractor
@@ -155,7 +164,7 @@ def stable_baselines3(config: TrainConfig, split: Split, turn: Turn) -> None:
             "optimizer_kwargs": settings["optimizer_kwargs"],
         }
     else:
-        algorithm, policy, kwargs = PPO, NavigationPolicy, settings
+        algorithm, policy, kwargs = TheirPPO, NavigationPolicy, settings
     device = training_device(config.device)
     clock = Clock(device)
     env = _TimedVecEnv(SB3VecEnv(_environment(config, split)), clock)
@@ -245,9 +254,7 @@ class Contestant:
 
 CONTESTANTS: dict[str, Contestant] = {
     "navagent": Contestant("navagent.learning.PPO", navagent),
-    "navagent_uncached": Contestant(
-        "navagent.learning.PPO without stored features", navagent_uncached, frozen_only=True
-    ),
+    "uncached": Contestant("navagent.learning.PPO without stored features", uncached, frozen_only=True),
     "sb3": Contestant("stable_baselines3.PPO, sb3_contrib.RecurrentPPO", stable_baselines3),
     "plain": Contestant("a plain loop of CleanRL's kind", plain_loop),
 }

@@ -101,14 +101,14 @@ BARS = (
         "sidetune_resnet44",
         "navagent",
         1.8,
-        "navagent_uncached",
+        "uncached",
     ),
     Bar(
         "times the same without stored features, small ResNet and FCN5",
         "sidetune_small",
         "navagent",
         1.8,
-        "navagent_uncached",
+        "uncached",
     ),
 )
 """What is to be reached on ``apartment.glb``, whatever else is measured beside it."""
@@ -188,8 +188,8 @@ def rows(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
 COLUMNS = (
     "learner",
     "frames/s",
-    "slowest to fastest",
-    *(f"{stage} %" for stage in STAGES),
+    "range",
+    *STAGES,
     "MB",
     "x sb3",
     "x plain",
@@ -208,7 +208,7 @@ def cells(record: dict[str, Any]) -> list[str]:
     return [
         record["learner"],
         f"{record['frames_per_second']:,.0f}",
-        f"{record['lowest']:,.0f} to {record['highest']:,.0f}",
+        f"{record['lowest']:,.0f}-{record['highest']:,.0f}",
         *(f"{100 * record['shares'][stage]:.0f}" for stage in STAGES),
         memory,
         *(f"{times[name]['median']:.2f}" if name in times else "" for name in ("sb3", "plain")),
@@ -254,7 +254,7 @@ def show_bars(measurements: Sequence[Measurement], console: Console) -> None:
 def _print(header: Sequence[str], body: Sequence[Sequence[str]], console: Console) -> None:
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for number, name in enumerate(header):
-        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+        table.add_column(name, justify="right" if number else "left")
     for row in body:
         table.add_row(*row)
     console.print(table)
@@ -275,7 +275,7 @@ def remarks(records: Sequence[dict[str, Any]]) -> list[str]:
 
 
 _BARS_TITLE = "bars, meant for two CPU cores and apartment.glb"
-_BAR_COLUMNS = ("bar", "agents", "at least", "reached", "slowest to fastest", "")
+_BAR_COLUMNS = ("bar", "agents", "at least", "reached", "range", "")
 
 
 def _bar_cells(row: dict[str, Any]) -> list[str]:
@@ -285,7 +285,7 @@ def _bar_cells(row: dict[str, Any]) -> list[str]:
         str(row["agents"]),
         format(row["least"], digits),
         format(row["median"], digits),
-        f"{row['lowest']:{digits}} to {row['highest']:{digits}}",
+        f"{row['lowest']:{digits}}-{row['highest']:{digits}}",
         "met" if row["reached"] else "missed",
     ]
 
@@ -316,11 +316,12 @@ def markdown(measurements: Sequence[Measurement], facts: dict[str, Any]) -> str:
         "",
         f"{facts['scene']}; {versions['cpu']}, {versions['cpu_cores']} cores, {facts['threads']} threads, "
         f"{facts['device']}; torch {versions['torch']}, Python {versions['python']}, commit "
-        f"{versions['commit']}; {facts['date']}.",
+        f"{versions['commit']}; {facts['date']}, load average {facts['load']} before it began.",
         "",
         f"An update is a rollout and {facts['epochs']}. Frames per second count "
-        f"everything from one rollout to the next: medians of {facts['updates']} updates after "
-        f"{facts['warm_up']} that do not count. Learners take turns, an update each, in processes of their "
+        f"everything from one rollout to the next: medians and range of {facts['updates']} updates after "
+        f"{facts['warm_up']} that do not count. Stages are in percent of the time. "
+        "Learners take turns, an update each, in processes of their "
         "own; "
         '"x" is the median over rounds of how many times as fast it is. MB are the most memory that the '
         "process had at once, libraries included, and on a GPU its tensors.",

@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -90,6 +91,10 @@ class _Process:
         """Waits until it asks for its next turn; False if it failed instead."""
         try:
             kind, *message = self.connection.recv()
+            while kind == "warning":
+                # Whoever shows warnings shows each once, whoever it came from.
+                warnings.warn(message[0], stacklevel=2)
+                kind, *message = self.connection.recv()
         except EOFError:
             self.process.join()
             self._failed(
@@ -176,6 +181,10 @@ def _work(entry: Entry, split: Split, connection: Connection) -> None:
 
     from navagent.bench.contestants import CONTESTANTS, CannotTakePartError
 
+    def warn(message: Warning | str, *_: object, **__: object) -> None:
+        connection.send(("warning", str(message)))
+
+    warnings.showwarning = warn
     begun = time.perf_counter()
 
     def turn(stages: dict[str, float], parameters: int) -> bool:

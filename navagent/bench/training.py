@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +143,7 @@ def run(bench: BenchConfig, command: str, console: Console) -> list[Measurement]
     """
     # Whatever is wrong with a setting should be known before anything is measured.
     cells = [entries(bench, network, agents) for network in bench.networks for agents in bench.agents]
+    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
     splits: dict[str, Split] = {}
     results: list[Measurement] = []
     turns = sum(len(cell) for cell in cells) * (1 + bench.warm_up + bench.updates)
@@ -169,13 +171,15 @@ def run(bench: BenchConfig, command: str, console: Console) -> list[Measurement]
             show(found, live.console)
             for each in found:
                 if each.broken and each.problem is not None:
-                    live.console.print(f"{each.label} failed:\n{each.problem}", markup=False, highlight=False)
-            write(results, _facts(bench, command, first.config), bench.out)
+                    live.console.print(
+                        f"{each.label} failed:\n{each.problem}", markup=False, highlight=False, soft_wrap=True
+                    )
+            write(results, _facts(bench, command, first.config, load), bench.out)
     show_bars(results, console)
     return results
 
 
-def _facts(bench: BenchConfig, command: str, config: TrainConfig) -> dict[str, Any]:
+def _facts(bench: BenchConfig, command: str, config: TrainConfig, load: float | None) -> dict[str, Any]:
     """How it was measured."""
     algorithm = config.algorithm
     scene = bench.scene.name if bench.scene else f"{config.scenes.dataset} homes, {config.scenes.num}"
@@ -191,5 +195,6 @@ def _facts(bench: BenchConfig, command: str, config: TrainConfig) -> dict[str, A
         "warm_up": bench.warm_up,
         "settings": list(bench.settings),
         "variants": {label: list(own) for label, own in bench.variants},
+        "load": load,
         "versions": versions(),
     }

@@ -277,17 +277,34 @@ def sampled_env(
     )
 
 
-def check_weights(config: TrainConfig) -> None:
-    """Raises where default weights are missing, before homes are made; files were looked for already."""
-    from policies.encoders import default_weights
+def check_perception(config: TrainConfig) -> None:
+    """Raises where images, encoder, its weights and the method do not fit together, before homes are made.
 
-    if config.adaptation.name == "scratch" or config.encoder.weights != "default":
-        return
-    for camera in cameras(config):
+    The networks are built once to see. That takes about as long as reading their weights.
+    """
+    import numpy as np
+    from gymnasium import spaces
+
+    from policies.adaptation import ADAPTATIONS
+    from policies.extractor import AdaptedExtractor
+
+    method, eyes = config.adaptation.name, cameras(config)
+    if eyes and ADAPTATIONS[method].needs_earlier_task:
+        raise ConfigError(
+            f"adaptation={method} holds back the weights that earlier tasks need, and a training has no "
+            "earlier task: it would be plain fine-tuning. Use adaptation=finetune; docs/methods.md tells how "
+            "to learn tasks in sequence, and `navagent adapt compare` takes the base's own task for the first"
+        )
+    wanted = ("encoder", "weights", "adaptation", "adaptation_options")
+    settings = {name: value for name, value in policy_settings(config).items() if name in wanted}
+    for camera in eyes:
+        shape = (camera.height, camera.width, 3 if camera.kind == "rgb" else 1)
+        seen = spaces.Dict({camera.name: spaces.Box(0, 255, shape, np.uint8)})
         try:
-            default_weights(config.encoder.name, 3 if camera.kind == "rgb" else 1)
+            with torch.random.fork_rng(devices=[]):
+                AdaptedExtractor(seen, **settings)
         except ValueError as error:
-            raise ConfigError(f"encoder={config.encoder.name}: {error}") from None
+            raise ConfigError(f"encoder={config.encoder.name} adaptation={method}: {error}") from None
 
 
 ADAM_EPSILON = 1e-5

@@ -22,7 +22,7 @@ from envs.vector_env import PointNavVectorEnv
 from navagent.build import (
     Split,
     cameras,
-    check_weights,
+    check_perception,
     load_split,
     make_vector_env,
     policy_settings,
@@ -109,7 +109,7 @@ def _train(
         if run.checkpoints() or run.read_metrics():
             state = run.load_checkpoint("latest")
     else:
-        check_weights(config)
+        check_perception(config)
     with ranks.one_before_others():
         # What is made and kept, such as generated homes, is made once.
         train_split = load_split(config, config.scenes.train_split)
@@ -666,6 +666,13 @@ def plan(
         "device": f"{model.device}, {torch.get_num_threads()} threads, seed {config.seed}",
         "run": f"{run.path}" + (f", going on after {model.num_timesteps:,} frames" if config.resume else ""),
     }
+    noises = policy.features_extractor.noises()
+    if noises:
+        told = "; ".join(f"{image}: {', '.join(found)}" for image, found in noises.items())
+        rows["notice"] = (
+            f"the network that learns is not the one that acted ({told}); see docs/methods.md, In "
+            "reinforcement learning"
+        )
     for name, value in rows.items():
         table.add_row(name, value)
     return table

@@ -249,6 +249,10 @@ class AdaptedExtractor(BaseFeaturesExtractor):
         for _, method in self._methods():
             method.set_progress(samples, total)
 
+    def noises(self) -> dict[str, list[str]]:
+        """What makes the network that learns differ from the one that acted, by image, if anything does."""
+        return {key: found for key, method in self._methods() if (found := method.noises())}
+
     def metrics(self) -> dict[str, float]:
         """What is worth watching while the methods learn, as "image/name"."""
         return {

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from policies.adaptation.substitution import TaskNormalisation
 from policies.encoders import BlockEncoder, Encoder, make_encoder
 from policies.encoders.base import device_of
 from policies.weights import tensors_sha256
@@ -129,6 +130,8 @@ class Adaptation(nn.Module, ABC):
     """The method's settings."""
     several_tasks: ClassVar[bool] = True
     """Whether the method keeps what one task learned apart from the next."""
+    needs_earlier_task: ClassVar[bool] = False
+    """Whether the method is full fine-tuning unless it learned, or was told the losses of, a task before."""
     recomputed: ClassVar[str] = "its features depend on what learns"
     """Why :meth:`base_features` gives nothing to store, where it gives nothing; for the log."""
     base: FrozenEncoder
@@ -162,6 +165,20 @@ class Adaptation(nn.Module, ABC):
     @abstractmethod
     def make_adapter(self) -> nn.Module:
         """What a new task trains, in its initial state."""
+
+    def __call__(self, image: Tensor, base_features: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Calls :meth:`forward`.
+
+        Raises:
+            ValueError: if stored features are not of as many images as are given.
+        """
+        for name, value in (base_features or {}).items():
+            if len(value) != len(image):
+                raise ValueError(
+                    f"stored features {name!r} of shape {tuple(value.shape)} with images of shape "
+                    f"{tuple(image.shape)}: expected what base_features gave for these {len(image)} images"
+                )
+        return super().__call__(image, base_features)
 
     @abstractmethod
     def forward(self, image: Tensor, base_features: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -233,6 +250,24 @@ class Adaptation(nn.Module, ABC):
 
         Called between updates, never between the collecting of samples and the learning from them.
         """
+
+    def noises(self) -> list[str]:
+        """What makes an image's features in training others than in evaluation, in words; mostly nothing.
+
+        In reinforcement learning the network that learns is then not quite the one that acted.
+        """
+        mode = self.training
+        self.train()
+        learning = [module for module in self.modules() if module.training]
+        self.train(mode)
+        found = []
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in learning) or any(
+            isinstance(m, TaskNormalisation) and m.by_batch for m in learning
+        ):
+            found.append("BatchNorm takes its statistics from the batch")
+        if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in learning):
+            found.append("dropout leaves inputs out at random")
+        return found
 
     def metrics(self) -> dict[str, float]:
         """What is worth watching while the method learns, by name: alpha, or the share of a mask."""

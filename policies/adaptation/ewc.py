@@ -65,6 +65,7 @@ class EWC(FineTuning):
     """
 
     config_class: ClassVar[type[AdaptationConfig]] = EWCConfig
+    needs_earlier_task: ClassVar[bool] = True
     config: EWCConfig
     importance: Tensor
     """Sum of the earlier tasks' diagonal Fisher information: (parameters,)."""

@@ -233,6 +233,11 @@ class HierarchicalSideTuning(Adaptation):
         rows, columns = ((((side + 1) // 2) // 2 + 1) // 2 for side in pixels.shape[2:])
         return (sum(dims), rows, columns)
 
+    def noises(self) -> list[str]:
+        """See :meth:`Adaptation.noises`."""
+        found = super().noises()
+        return [*found, "drop_path leaves blocks out at random"] if self.config.drop_path else found
+
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Biases and normalisations without decay, all else, registers too, with it, as published."""
         named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]

@@ -34,7 +34,8 @@ class SpotTuneConfig(AdaptationConfig):
     noise: bool = True
     """Whether routing is drawn in training (Gumbel noise), as published, and not the likeliest. In
     reinforcement learning the agent acts by the likeliest, so that with noise the network that learns is not
-    the one that acted and PPO's ratio does not start at 1; without noise nothing explores other routes."""
+    the one that acted and PPO's ratio does not start at 1; without noise nothing explores other routes.
+    `navagent train adaptation=spottune` sets it to false."""
     evaluation: Literal["argmax", "sample"] = "argmax"
     """Routes in evaluation: the likeliest, or drawn, as the authors' code does."""
     global_k: int | None = None
@@ -189,6 +190,11 @@ class SpotTune(Adaptation):
     def output_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Shape of the base's features."""
         return self.base.encoder.output_shape(height, width)
+
+    def noises(self) -> list[str]:
+        """See :meth:`Adaptation.noises`."""
+        drawn = self.config.noise or self.config.evaluation == "sample"
+        return [*super().noises(), *["routes are drawn"] * drawn]
 
     def metrics(self) -> dict[str, float]:
         """Share of the newest training batch's passes through blocks that took the fine-tuned copy."""

@@ -61,6 +61,11 @@ class TaskNormalisation(nn.Module):
                 if value is not None:
                     self.register_buffer(slot(f"{layer}.{part}"), value.clone())
 
+    @property
+    def by_batch(self) -> bool:
+        """Whether layers normalise by the batch in training mode: BatchNorm with statistics of its own."""
+        return next(self.buffers(), None) is not None
+
     def tensors(self) -> dict[str, Tensor]:
         """The task's tensors by dotted name."""
         return {dotted(name): value for name, value in [*self.named_parameters(), *self.named_buffers()]}

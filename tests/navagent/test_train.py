@@ -23,10 +23,11 @@ from navagent.evaluation.agents import PolicyAgent
 from navagent.evaluation.command import load_policy
 from navagent.evaluation.pictures import Studio
 from navagent.learning.ppo import PPO
+from navagent.memory_estimate import plan_memory
 from navagent.preemption import REQUEUE_STATUS
 from navagent.progress import duration, measures_line
 from navagent.runs import CheckpointError, Run, RunError
-from navagent.train import Trainer, make_model, train
+from navagent.train import Trainer, make_model, plan, train
 from policies.encoders import make_encoder
 from policies.weights import save_safetensors
 
@@ -460,6 +461,58 @@ def test_progress_in_words():
     assert duration(3725) == "1:02:05"
     record = {"rollout/success": 0.5, "rollout/spl": 0.25, "rollout/max_geodesic": 7.5}
     assert measures_line(record) == "success 0.50  SPL 0.25  paths to 8 m"
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["adaptation=residual_adapters", "encoder=vit_mini"], "encoder 'vit_mini' has none"),
+        (["adaptation=hst", "encoder=resnet_small"], "encoder 'resnet_small' is none; choose vit_mini"),
+        (["adaptation=spottune"], "block by block, and encoder 'fcn5_small' has none"),
+        (["encoder=vit_mini", "sensors.height=50"], "50"),
+        (["adaptation.side_encoder=fcn4", "adaptation.side_init=random"], "they must have one shape"),
+        (["adaptation.side_init=zero", "encoder=fcn5", "encoder.weights=random"], "ends in a ReLU"),
+        (["encoder.weights=other.safetensors"], "other.safetensors does not fit FCN5"),
+        (["adaptation=ewc"], "no earlier task: it would be plain fine-tuning. Use adaptation=finetune"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*look untrained")
+def test_methods_encoders_and_weights_that_do_not_fit_are_refused_before_homes_are_made(
+    asked, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("NAVAGENT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    save_safetensors("other.safetensors", make_encoder("fcn4", weights="random").state_dict())
+    random_state = torch.get_rng_state()
+    assert main(["train", *asked, f"run_dir={tmp_path / 'run'}"]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert message in told
+    assert "adaptation=" in told
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "cache").exists()
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_an_agent_learns_by_the_routes_that_it_acted_by_and_is_told_where_it_does_not(room, tmp_path):
+    asked = ["adaptation=spottune", "encoder=resnet_small", "algorithm.total_frames=32"]
+    output = silent()
+    run = train(settings(room, tmp_path / "run", *asked, "evaluation.every_frames=0"), output)
+    assert read_config(run.config_path).adaptation.options == {"noise": False}
+    assert "notice" not in output.file.getvalue()
+    config = settings(
+        room, tmp_path / "drawn", *asked, "adaptation.noise=true", "adaptation.policy_norm=batch"
+    )
+    model = make_model(config, load_split(config, "train"))
+    memory = plan_memory(config, model, [])
+    split = load_split(config, "val")
+    output = silent()
+    output.print(plan(config, Run(tmp_path), model, split, split, memory))
+    told = " ".join(output.file.getvalue().split())
+    assert (
+        "is not the one that acted (rgb: BatchNorm takes its statistics from the batch, routes are drawn)"
+        in told
+    )
+    model.env.close()
 
 
 def test_weights_that_were_not_fetched_are_named_before_homes_are_made(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Every method against every behaviour; a new method joins by its rows in ``adaptation_cases``."""
 
 import copy
+import re
 
 import gymnasium
 import numpy as np
@@ -110,6 +111,21 @@ def test_stored_features_change_nothing(case):
     torch.testing.assert_close(method(image, stored or None), method(image), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("case", [name for name, row in CASES.items() if row.stores])
+def test_stored_features_of_other_images_are_refused_with_their_shapes(case):
+    method = make(case).eval()
+    image = images(case)
+    stored = method.base_features(image)
+    first = next(iter(stored))
+    for wrong in (1, 2):
+        shape = re.escape(str((wrong, *stored[first].shape[1:])))
+        given = re.escape(str(tuple(image.shape)))
+        with pytest.raises(
+            ValueError, match=f"features '{first}' of shape {shape} with images of shape {given}"
+        ):
+            method(image, {name: value[:wrong] for name, value in stored.items()})
+
+
 @pytest.mark.parametrize("case", [name for name, row in CASES.items() if row.identity])
 def test_before_it_learns_the_output_is_the_base_s(case):
     torch.manual_seed(5)
@@ -193,6 +209,24 @@ def test_evaluation_is_deterministic_and_leaves_the_state_alone(case):
     torch.testing.assert_close(method(image), method(image), rtol=0, atol=0)
     assert all(torch.equal(v, before[k]) for k, v in method.state_dict().items())
     assert not any(module.training for module in method.modules())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_learning_computes_what_acting_does_or_the_method_says_why_not(case):
+    method = disturbed(case)
+    if CASES[case].method == "spottune":
+        # With even odds, routes that are drawn are not those that are decided for.
+        for name, parameter in method.named_parameters():
+            if "policy.linear" in name or name.endswith("logits"):
+                parameter.data.zero_()
+    image = images(case, 4)
+    method.eval()
+    acted = method(image)
+    found = method.noises()
+    assert not method.training
+    learned = method.train()(image)
+    same = torch.allclose(learned, acted, rtol=1e-4, atol=1e-5)
+    assert same != bool(found), found
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -76,7 +76,7 @@ def main() -> None:
     algorithm = config.algorithm
     frames = (WARM_UP + arguments.updates) * algorithm.num_envs * algorithm.num_steps
     # Exactly as many updates of each phase as are measured.
-    config = dataclasses.replace(config, algorithm=dataclasses.replace(algorithm, imitation_frames=frames))
+    config = dataclasses.replace(config, imitation=dataclasses.replace(config.imitation, frames=frames))
     model = make_model(config, load_split(config, config.scenes.train_split))
     model.set_logger(Logger(None, []))
     results = {phase: measure(model, arguments.updates) for phase in ("imitation", "ppo")}

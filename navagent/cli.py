@@ -13,10 +13,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from navagent.arguments import BAD_INPUT, UsageError, command_parser, nearest
 from navagent.installation import ShadowedPackageError, check_packages
+
+if TYPE_CHECKING:
+    from navagent.config import Command
 
 FAILED = 1
 """Exit status where training broke down."""
@@ -35,34 +38,72 @@ Start here:
   navagent train                          make homes, train, evaluate, report: on two CPU cores
                                           in at most 45 minutes
   navagent train experiment=quick         the same in about two minutes, to see that it works
+  navagent imitate                        learn from an expert that knows the shortest path, alone
   navagent evaluate RUN                   measure a trained agent; RUN is its folder under runs/
   open RUN/report.html                    what came of it, on one page
 """
 
 
-def _train_help() -> str:
-    """Every group, option and setting of ``navagent train``, with its default and what it is for."""
-    from navagent.config import GROUPS, as_typed, default_options, option_help, options, settings
+LEARNING_HELP = {
+    "train": (
+        "Makes (or reads) homes; trains an agent in them, first taught by an expert that knows the shortest "
+        "path, then by reward with PPO; evaluates it on homes it has never seen; and leaves a folder that "
+        "explains itself under runs/. With start_from=RUN it begins as another run's agent: the critic "
+        "learns first, then the policy near what it was (experiment=reinforce).",
+        """
+        navagent train
+        navagent train experiment=quick
+        navagent train adaptation=finetune sensors=depth algorithm.total_frames=2e6
+        navagent train scenes=dataset scenes.dataset=DATA scenes.scenes_dir=SCENES
+        navagent train start_from=runs/IMITATED
+        navagent train resume=runs/RUN
+        """,
+    ),
+    "imitate": (
+        "Trains an agent from an expert that knows the shortest path, and from nothing else: by DAgger, "
+        "which labels every state that the agent comes to, or by behaviour cloning from a fixed set of "
+        "demonstrations. Homes, agents, evaluation and the run's folder are as of `navagent train`, and so "
+        "are all settings; some have other defaults.",
+        """
+        navagent imitate
+        navagent imitate experiment=quick
+        navagent imitate imitation.schedule=exponential imitation.decay=0.98 imitation.final_share=0
+        navagent imitate algorithm.replay_epochs=1 algorithm.replay_steps=1024
+        navagent imitate imitation=behaviour_cloning imitation.num_demos=500
+        navagent imitate imitation=behaviour_cloning imitation.demos=DEMOS
+        navagent train start_from=runs/IMITATED
+        """,
+    ),
+}
+"""What the verbs that train do, and examples."""
+
+
+def _learning_help(command: Command) -> str:
+    """Every group, option and setting of ``navagent train`` or ``imitate``, with its default and its use."""
+    from navagent.config import (
+        GROUPS,
+        as_typed,
+        default_options,
+        flatten,
+        load_config,
+        option_help,
+        options,
+        settings,
+    )
 
     width = max(100, min(shutil.get_terminal_size().columns, 120))
+    what, examples = LEARNING_HELP[command]
     lines = [
-        "usage: navagent train [GROUP=OPTION ...] [NAME=VALUE ...] [--show-config]",
+        f"usage: navagent {command} [GROUP=OPTION ...] [NAME=VALUE ...] [--show-config]",
         "",
         *textwrap.wrap(
-            "Makes (or reads) homes; trains an agent in them, first taught by an expert that knows the "
-            "shortest path, then by reward with PPO; evaluates it on homes it has never seen; and leaves a "
-            "folder that explains itself under runs/. Ctrl-C saves and stops; the same command with "
-            "resume=RUN goes on. So do SIGTERM, with exit status 143, and SIGUSR1, with 75, which asks the "
-            "cluster to queue the job again.",
+            f"{what} Ctrl-C saves and stops; the same command with resume=RUN goes on. So do SIGTERM, with "
+            "exit status 143, and SIGUSR1, with 75, which asks the cluster to queue the job again.",
             width,
         ),
         "",
         "examples:",
-        "  navagent train",
-        "  navagent train experiment=quick",
-        "  navagent train adaptation=finetune sensors=depth algorithm.total_frames=2e6",
-        "  navagent train scenes=dataset scenes.dataset=DATA scenes.scenes_dir=SCENES",
-        "  navagent train resume=runs/RUN",
+        textwrap.indent(textwrap.dedent(examples).strip(), "  "),
         "",
         "options:",
         "  --show-config   print the settings that the command line asks for, as YAML, and stop",
@@ -72,13 +113,14 @@ def _train_help() -> str:
     ]
     for group in GROUPS:
         for option in options(group):
-            mark = "*" if option == default_options()[group] else " "
+            mark = "*" if option == default_options(command)[group] else " "
             head = f"{mark} {group}={option}"
             lines += textwrap.wrap(
                 f"{head:32}  {option_help(group, option)}", width, subsequent_indent=" " * 34
             )
     lines += ["", "settings, with their defaults:"]
-    leaves = list(settings())
+    defaults = flatten(load_config([], command))
+    leaves = [replace(leaf, default=defaults.get(leaf.name, leaf.default)) for leaf in settings()]
     column = 2 + min(44, max(len(f"{leaf.name}={as_typed(leaf.default)}") for leaf in leaves))
     section = ""
     for leaf in leaves:
@@ -96,19 +138,27 @@ def _train_help() -> str:
 
 
 def _train(arguments: Sequence[str]) -> int:
+    return _learn("train", arguments)
+
+
+def _imitate(arguments: Sequence[str]) -> int:
+    return _learn("imitate", arguments)
+
+
+def _learn(command: Command, arguments: Sequence[str]) -> int:
     flags = [word for word in arguments if word.startswith("-")]
     if {"--help", "-h"} & set(flags):
-        print(_train_help())
+        print(_learning_help(command))
         return 0
     for flag in flags:
         if flag != "--show-config":
             hint = nearest(flag, ["--show-config", "--help"])
             if not hint and "=" in flag:
                 hint = f"; settings are written without dashes: {flag.lstrip('-')}"
-            raise UsageError(f"unknown option {flag}{hint} (see `navagent train --help`)")
+            raise UsageError(f"unknown option {flag}{hint} (see `navagent {command} --help`)")
     from navagent.config import load_config, to_yaml
 
-    config = load_config([word for word in arguments if not word.startswith("-")])
+    config = load_config([word for word in arguments if not word.startswith("-")], command)
     if flags:
         print(to_yaml(config), end="")
         return 0
@@ -466,6 +516,7 @@ def _reference(arguments: Sequence[str]) -> int:
 
 VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (_train, "train an agent: homes, imitation, PPO, evaluation, report"),
+    "imitate": (_imitate, "train an agent from an expert alone: DAgger or behaviour cloning"),
     "evaluate": (_evaluate, "measure a trained agent, with maps, videos and other agents beside it"),
     "pretrain": (_pretrain, "train a perception encoder on the simulator's ground truth"),
     "demos": (_demos, "record, replay and exchange demonstrations of the expert, an agent or a person"),

@@ -21,16 +21,29 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 
 from envs.files import atomic_write
 
-GROUPS = ("scenes", "env", "sensors", "encoder", "adaptation", "memory", "algorithm", "experiment")
+GROUPS = (
+    "scenes",
+    "env",
+    "sensors",
+    "encoder",
+    "adaptation",
+    "memory",
+    "algorithm",
+    "imitation",
+    "experiment",
+)
 """The groups of ``configs/``, one option of each in force."""
 
 SEE_ALL = "`navagent train --help` lists every setting, `navagent train --show-config` shows their values"
+
+Command = Literal["train", "imitate"]
+"""The verbs that train; each has a file in ``configs/`` that says what it starts from."""
 
 T = TypeVar("T")
 
@@ -181,7 +194,9 @@ class MemoryConfig:
 class AlgorithmConfig:
     """How the agent learns."""
 
-    name: str = setting("ppo", "the algorithm", choices=("ppo",))
+    name: str = setting(
+        "ppo", "by reward, perhaps after an expert; or from an expert alone", choices=("ppo", "imitation")
+    )
     total_frames: int = setting(1_000_000, "frames to train for, over all agents", at_least=1)
     max_minutes: float = setting(
         0.0, "stop after this long, evaluation aside [min]; 0 is no limit", at_least=0
@@ -196,7 +211,11 @@ class AlgorithmConfig:
     )
     epochs: int = setting(2, "passes over a rollout", at_least=1, at_most=1000)
     replay_epochs: int = setting(
-        0, "passes over past rollouts in each update, beside those over the newest", at_least=0, at_most=1000
+        0,
+        "passes over past rollouts in each update, beside those over the newest; algorithm=imitation "
+        "aggregates labels so",
+        at_least=0,
+        at_most=1000,
     )
     replay_steps: int = setting(0, "steps of every agent that are kept for them; 0 without", at_least=0)
     optimizer: str = setting(
@@ -247,25 +266,70 @@ class AlgorithmConfig:
         "at a loss, gradient or observation that is not finite, stop and keep it, or skip and count it",
         choices=("stop", "skip"),
     )
-    imitation_frames: int = setting(
-        400_000, "frames in which the expert teaches before PPO; 0 is none", at_least=0
+    critic_warmup_frames: int = setting(
+        0, "frames at the beginning of PPO in which the critic alone learns, and the policy stays", at_least=0
     )
-    imitation_mixing: float = setting(
-        0.5, "share of them over which the expert hands over most of the acting", at_least=0, at_most=1
-    )
-    imitation_minibatches: int = setting(
-        16, "parts that a rollout is learned in while the expert teaches", at_least=1
-    )
-    inflection_weight: float = setting(
-        1.0, "weight of steps at which the expert changes its action; others weigh 1", above=0
-    )
-    anchor_coef: float = setting(0.0, "PPO's pull towards the imitated policy, at first", at_least=0)
+    anchor_coef: float = setting(0.0, "PPO's pull towards the policy it began from, at first", at_least=0)
     anchor_frames: int = setting(0, "frames of PPO over which that pull falls to 0", at_least=0)
     curriculum: str = setting("none", "how the longest path grows", choices=("none", "linear", "success"))
     curriculum_start: float = setting(3.0, "longest path at first [m]", above=0)
     curriculum_end: float = setting(30.0, "longest path at last [m]", above=0)
     curriculum_fraction: float = setting(
         0.5, "share of the training over which it grows (linear)", above=0, at_most=1
+    )
+
+
+@dataclass
+class ImitationConfig:
+    """How an expert that knows the shortest path teaches, before PPO or to the end."""
+
+    name: str = setting(
+        "dagger",
+        "labels wherever the agent goes itself, or a fixed set of demonstrations",
+        choices=("dagger", "behaviour_cloning"),
+    )
+    frames: int = setting(
+        400_000, "frames in which the expert teaches before PPO; 0 is none (algorithm=ppo)", at_least=0
+    )
+    schedule: str = setting(
+        "linear",
+        "how the expert's share of the acting falls; exponential is by the same factor every rollout, as of "
+        "Ross et al. (dagger)",
+        choices=("linear", "exponential", "constant"),
+    )
+    share: float = setting(1.0, "the expert's share of the acting at first (dagger)", at_least=0, at_most=1)
+    mixing: float = setting(
+        0.5, "share of the teaching over which it falls (dagger, linear)", at_least=0, at_most=1
+    )
+    decay: float = setting(
+        0.99,
+        "factor by which it falls from one rollout to the next (dagger, exponential)",
+        at_least=0,
+        below=1,
+    )
+    final_share: float = setting(
+        0.25, "share of the acting that stays the expert's after that (dagger)", at_least=0, at_most=1
+    )
+    alone: float = setting(
+        0.2,
+        "last part of the teaching in which the agent acts alone all the same (dagger)",
+        at_least=0,
+        at_most=1,
+    )
+    segment_steps: float = setting(
+        16.0, "steps, on average, after which who acts is drawn anew; 1 is each (dagger)", at_least=1
+    )
+    minibatches: int = setting(16, "parts that a rollout is learned in while the expert teaches", at_least=1)
+    inflection_weight: float = setting(
+        1.0, "weight of steps at which the expert changes its action; others weigh 1", above=0
+    )
+    demos: str | None = setting(
+        None, "demonstrations to learn from; they are recorded if null (behaviour_cloning)"
+    )
+    num_demos: int | None = setting(
+        None,
+        "how many of them to learn from: all if null, or 1000 where they are recorded (behaviour_cloning)",
+        at_least=1,
     )
 
 
@@ -324,6 +388,10 @@ class TrainConfig:
     )
     run_dir: str | None = setting(None, "folder of the run; runs/<date-time>-<adaptation>-<sensors> if null")
     resume: str | None = setting(None, "folder of a run to go on with")
+    start_from: str | None = setting(
+        None,
+        "run, or checkpoint of one, whose agent this one begins as; `train` then does experiment=reinforce",
+    )
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
     sensors: SensorsConfig = field(default_factory=SensorsConfig)
@@ -331,6 +399,7 @@ class TrainConfig:
     adaptation: AdaptationConfig = field(default_factory=AdaptationConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    imitation: ImitationConfig = field(default_factory=ImitationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
@@ -393,9 +462,9 @@ def options(group: str) -> tuple[str, ...]:
 
 
 @functools.cache
-def default_options() -> dict[str, str]:
+def default_options(command: Command = "train") -> dict[str, str]:
     """The option of each group that is in force where the command line names none."""
-    listed = yaml.safe_load((resources.files("configs") / "train.yaml").read_text("utf-8"))["defaults"]
+    listed = yaml.safe_load((resources.files("configs") / f"{command}.yaml").read_text("utf-8"))["defaults"]
     return {group: option for item in listed if item != "_self_" for group, option in item.items()}
 
 
@@ -543,6 +612,7 @@ def _check_together(config: TrainConfig) -> None:
             f"algorithm.replay_steps={algorithm.replay_steps} holds no past beside the newest rollout: "
             f"expected at least {algorithm.num_steps + 2}, two more than algorithm.num_steps"
         )
+    _check_imitation(config)
     for name in ("cpc_coef", "inverse_dynamics_coef"):
         if getattr(algorithm, name) and not (config.sensors.rgb or config.sensors.depth):
             raise ConfigError(
@@ -572,13 +642,35 @@ def _check_together(config: TrainConfig) -> None:
             f"{config.sensors.min_depth}"
         )
     # A checkpoint holds all weights: who goes on from one needs none of the files that they started from.
-    if config.resume is None:
+    if config.resume is None and config.start_from is None:
         _check_weights("encoder.weights", config.encoder.weights, ("default", "random"))
     _check_adaptation(config)
     if algorithm.curriculum_end < algorithm.curriculum_start:
         raise ConfigError(
             f"algorithm.curriculum_end={algorithm.curriculum_end} is less than algorithm.curriculum_start="
             f"{algorithm.curriculum_start}"
+        )
+
+
+def _check_imitation(config: TrainConfig) -> None:
+    """What the settings of a teacher must have in common with the others."""
+    if config.imitation.name != "behaviour_cloning":
+        return
+    if config.algorithm.name != "imitation":
+        raise ConfigError(
+            "imitation=behaviour_cloning does not come before PPO in one run: clone with `navagent imitate "
+            "imitation=behaviour_cloning`, then `navagent train start_from=RUN`"
+        )
+    if config.algorithm.curriculum != "none":
+        raise ConfigError(
+            f"algorithm.curriculum={config.algorithm.curriculum} chooses episodes to play, and "
+            "imitation=behaviour_cloning plays none: use algorithm.curriculum=none"
+        )
+    demos = config.imitation.demos
+    if demos is not None and config.resume is None and not Path(demos).expanduser().exists():
+        raise ConfigError(
+            f"imitation.demos={demos} is not there: record demonstrations with `navagent demos record`, or "
+            "leave it out to have the expert record them"
         )
 
 
@@ -595,7 +687,8 @@ def _check_adaptation(config: TrainConfig) -> None:
     except ValueError as error:
         raise ConfigError(f"adaptation={method}: {error}") from None
     for name, value in options.items():
-        if config.resume is None and name.endswith("_weights") and value is not None:
+        fresh = config.resume is None and config.start_from is None
+        if fresh and name.endswith("_weights") and value is not None:
             _check_weights(f"adaptation.{name}", value, ())
 
 
@@ -643,8 +736,8 @@ def _checked_override(override: str) -> str:
     return f"++{name}='{escaped}'"
 
 
-def _compose(overrides: Sequence[str]) -> dict[str, Any]:
-    """Hydra's composition of ``configs/train.yaml`` with overrides that are known by name."""
+def _compose(overrides: Sequence[str], command: Command) -> dict[str, Any]:
+    """Hydra's composition of ``configs/COMMAND.yaml`` with overrides that are known by name."""
     # Hydra costs as much to import as the rest of the command line together.
     from hydra import compose, initialize_config_module
     from hydra.errors import HydraException
@@ -653,31 +746,43 @@ def _compose(overrides: Sequence[str]) -> dict[str, Any]:
 
     try:
         with initialize_config_module("configs", version_base="1.3"):
-            composed = OmegaConf.to_container(compose("train", list(overrides)), resolve=True)
+            composed = OmegaConf.to_container(compose(command, list(overrides)), resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"{' '.join(overrides)}: {error} ({SEE_ALL})") from None
     assert isinstance(composed, dict)
     return typing.cast(dict[str, Any], composed)
 
 
-def load_config(overrides: Sequence[str] = ()) -> TrainConfig:
+def load_config(overrides: Sequence[str] = (), command: Command = "train") -> TrainConfig:
     """The settings that a command line asks for.
 
     With ``resume=RUN``, the run's own settings take the place of the defaults, and only settings that do not
-    change what the run learns may differ from them.
+    change what the run learns may differ from them. With ``start_from=RUN``, the agent is that run's.
 
     Args:
         overrides: ``GROUP=OPTION`` and ``NAME=VALUE``, as typed.
+        command: The verb, which decides what the settings start from.
 
     Raises:
         ConfigError: on an unknown name (with the nearest right one), a wrong type or range, a missing file.
     """
     checked = [_checked_override(override) for override in overrides]
-    config = _build(TrainConfig, _compose(checked))
+    named = _named(overrides)
+    if command == "train" and named.get("start_from", "null") != "null" and "experiment" not in named:
+        checked.append("experiment=reinforce")
+    config = _build(TrainConfig, _compose(checked, command))
     if config.resume is not None:
         config = _resumed(config, overrides)
+    elif config.start_from is not None:
+        config = _started(config, overrides)
     _check_together(config)
+    _check_meant(config, named)
     return config
+
+
+def _named(overrides: Sequence[str]) -> dict[str, str]:
+    """What a command line sets, by name."""
+    return {name.strip(): value for name, _, value in (override.partition("=") for override in overrides)}
 
 
 MAY_CHANGE_ON_RESUME = ("device", "num_threads", "algorithm.total_frames", "algorithm.max_minutes")
@@ -690,7 +795,7 @@ def _resumed(asked: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"resume={asked.resume!r} is not the folder of a run: it has no config.yaml")
     saved = read_config(folder / "config.yaml")
-    names = {override.partition("=")[0].strip() for override in overrides}
+    names = _named(overrides)
     if asked.run_dir is not None and Path(asked.run_dir).expanduser().resolve() != folder.resolve():
         raise ConfigError(
             f"run_dir={asked.run_dir} is another folder than resume={asked.resume}, where the run goes on; "
@@ -710,6 +815,83 @@ def _resumed(asked: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
         old[name] = value
     old["run_dir"], old["resume"] = str(folder), str(folder)
     return _build(TrainConfig, _nested(old))
+
+
+AGENT = ("sensors", "encoder", "adaptation", "memory")
+"""Groups that say what an agent is: its senses and its networks."""
+
+
+def _started(asked: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
+    """The settings ``asked`` with the agent of ``asked.start_from``, and its task and homes if not named."""
+    saved = read_config(started_run(asked) / "config.yaml")
+    names = _named(overrides)
+    old, new = flatten(saved), flatten(asked)
+    for name in names:
+        group = name.partition(".")[0]
+        fixed = [each for each in {**old, **new} if each == name or each.startswith(f"{name}.")]
+        for each in fixed:
+            if (group in AGENT or each == "env.stop") and new.get(each) != old.get(each):
+                raise ConfigError(
+                    f"{each}={as_typed(new.get(each))} differs from {as_typed(old.get(each))}, which the "
+                    f"agent of start_from={asked.start_from} has; leave it out, or train a new agent without "
+                    "start_from"
+                )
+    for name, value in old.items():
+        group = name.partition(".")[0]
+        if group in AGENT or (group in ("scenes", "env") and not {name, group} & names.keys()):
+            new[name] = value
+    # Settings of another method than the agent's are no settings of its.
+    kept = {name: value for name, value in new.items() if name in old or not name.startswith("adaptation.")}
+    return _build(TrainConfig, _nested(kept))
+
+
+def started_run(config: TrainConfig) -> Path:
+    """The folder of the run that ``start_from`` names, by itself or by one of its checkpoints.
+
+    Raises:
+        ConfigError: there is no such run.
+    """
+    given = Path(typing.cast(str, config.start_from)).expanduser()
+    folder = given.parent.parent if given.is_file() and given.parent.name == "checkpoints" else given
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(
+            f"start_from={config.start_from} is neither the folder of a run nor one of its "
+            "checkpoints/*.safetensors"
+        )
+    return folder
+
+
+PPO_ALONE = (
+    "algorithm.clip_range",
+    "algorithm.clip_range_schedule",
+    "algorithm.clip_range_vf",
+    "algorithm.clip_value_loss",
+    "algorithm.normalize_advantage",
+    "algorithm.ent_coef",
+    "algorithm.target_kl",
+    "algorithm.critic_warmup_frames",
+    "algorithm.anchor_coef",
+    "algorithm.anchor_frames",
+    "imitation.frames",
+)
+"""Settings that only learning by reward has."""
+
+DAGGER_ALONE = ("schedule", "share", "mixing", "decay", "final_share", "alone", "segment_steps")
+CLONING_ALONE = ("demos", "num_demos")
+
+
+def _check_meant(config: TrainConfig, named: Mapping[str, str]) -> None:
+    """Refuses settings that a command line names and that would change nothing."""
+    method = config.imitation.name
+    others = CLONING_ALONE if method == "dagger" else DAGGER_ALONE
+    dead = {f"imitation.{name}": f"imitation={method}" for name in others}
+    if config.algorithm.name == "imitation":
+        dead |= dict.fromkeys(PPO_ALONE, "algorithm=imitation")
+    defaults = flatten(TrainConfig())
+    now = flatten(config)
+    for name, choice in dead.items():
+        if name in named and now[name] != defaults[name]:
+            raise ConfigError(f"{name}={as_typed(now[name])} means nothing with {choice}; leave it out")
 
 
 def adaptation_settings(config: AdaptationConfig) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from navagent.distributed import Launch
 from navagent.limits import available_memory
 
 if TYPE_CHECKING:
-    from navagent.learning.ppo import PPO
+    from navagent.learning.updates import SequenceLearner
     from policies.adaptation import Adaptation
 
 TRIAL_STEPS = 2
@@ -203,7 +203,7 @@ def need(footprint: Footprint, shape: Shape, homes: float = 0.0) -> Need:
     )
 
 
-def footprint(model: PPO) -> Footprint:
+def footprint(model: SequenceLearner) -> Footprint:
     """Measures a policy by a trial on a few frames, on a copy; random numbers are left as they were."""
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
@@ -237,7 +237,7 @@ def _observations(policy: Any, shape: tuple[int, ...]) -> dict[str, Tensor]:
     }
 
 
-def _trial(model: PPO, policy: Any) -> Footprint:
+def _trial(model: SequenceLearner, policy: Any) -> Footprint:
     small, large = TRIAL_SEQUENCES
     policy.set_training_mode(True)
     _learn(policy, small)  # the first step makes the optimiser's tensors
@@ -518,12 +518,14 @@ def size(count: float) -> str:
     return f"{count / 2**30:,.1f} GB"
 
 
-def plan_memory(config: TrainConfig, model: PPO, val_scenes: Iterable[Path]) -> MemoryPlan:
+def plan_memory(config: TrainConfig, model: SequenceLearner, val_scenes: Iterable[Path]) -> MemoryPlan:
     """What the settings' training needs, with everything built and nothing trained yet."""
     algorithm = config.algorithm
     minibatches = algorithm.num_minibatches
-    if algorithm.imitation_frames:
-        minibatches = min(minibatches, algorithm.imitation_minibatches)
+    if algorithm.name == "imitation":
+        minibatches = config.imitation.minibatches
+    elif config.imitation.frames:
+        minibatches = min(minibatches, config.imitation.minibatches)
     homes = sum(map(scene_bytes, val_scenes)) if config.evaluation.every_frames else 0.0
     return MemoryPlan(
         footprint=footprint(model),

@@ -1,4 +1,4 @@
-"""``navagent train``: homes, environment, policy, imitation and PPO, evaluation, the run's folder."""
+"""``navagent train`` and ``imitate``: homes, environment, policy, learning, evaluation, the run's folder."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ from navagent.build import (
     share_of_scenes,
     training_device,
 )
-from navagent.config import AlgorithmConfig, ConfigError, TrainConfig, to_yaml
+from navagent.config import AlgorithmConfig, ConfigError, TrainConfig, started_run, to_yaml
 from navagent.distributed import Launch, RankLostError, Ranks, joined
 from navagent.learning.auxiliary import AuxiliaryConfig
-from navagent.learning.imitation import ImitationConfig
+from navagent.learning.imitation import ImitationConfig, MixingSchedule
+from navagent.learning.imitator import Imitator
 from navagent.learning.nonfinite import NonFinite
 from navagent.learning.ppo import PPO
 from navagent.learning.schedules import (
@@ -42,10 +43,11 @@ from navagent.learning.schedules import (
     PathLengthCurriculum,
     square_root_scale,
 )
+from navagent.learning.updates import SequenceLearner
 from navagent.memory_estimate import MemoryPlan, check_scenes, feature_storage, plan_memory
 from navagent.preemption import URGENT, Stopped, StopSignals
 from navagent.progress import TrainingProgress, duration
-from navagent.runs import CheckpointError, Packed, Run, RunError, pack
+from navagent.runs import CheckpointError, Packed, Run, RunError, pack, read_checkpoint
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -108,7 +110,7 @@ def _train(
         # A run that was killed while its homes were loading has neither, and begins.
         if run.checkpoints() or run.read_metrics():
             state = run.load_checkpoint("latest")
-    else:
+    elif config.start_from is None:
         check_perception(config)
     with ranks.one_before_others():
         # What is made and kept, such as generated homes, is made once.
@@ -117,9 +119,12 @@ def _train(
     own_split = share_of_scenes(config, train_split, ranks)
     check_scenes(own_split.scenes.values())
     # Where all weights are in a checkpoint, the files they started from may be gone.
-    model = make_model(config, own_split, ranks, restored=state is not None)
+    restored = state is not None or config.start_from is not None
+    model = make_model(config, own_split, ranks, restored)
     assert model.env is not None
     stack.callback(model.env.close)
+    if state is None and config.start_from is not None:
+        begin_as(model, config)
     memory = plan_memory(config, model, val_split.scenes.values())
     memory.check()
     # Not before everything is built: what fails by then should leave no folder behind.
@@ -145,7 +150,8 @@ def _train(
         from navagent.evaluation.report import write_report
 
         console.print(
-            f"stopped after {trainer.saved_frames:,} frames; go on with\n  navagent train resume={run.path}",
+            f"stopped after {trainer.saved_frames:,} frames; go on with\n"
+            f"  navagent {verb(config)} resume={run.path}",
             soft_wrap=True,
         )
         write_report(run)
@@ -170,7 +176,30 @@ def learning_rate(algorithm: AlgorithmConfig, processes: int = 1) -> LearningRat
     )
 
 
-def make_model(config: TrainConfig, split: Split, ranks: Ranks | None = None, restored: bool = False) -> PPO:
+def verb(config: TrainConfig) -> str:
+    """The command that trains so."""
+    return "imitate" if config.algorithm.name == "imitation" else "train"
+
+
+def begin_as(model: SequenceLearner, config: TrainConfig) -> None:
+    """Gives the model's policy the weights of the agent that ``start_from`` names.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is of another agent.
+    """
+    given = Path(cast(str, config.start_from)).expanduser()
+    run = Run(started_run(config))
+    file = given if given.is_file() else run.checkpoint("best")
+    state = read_checkpoint(file)
+    try:
+        model.policy.load_state_dict(state["policy"])
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{file}: does not fit the settings of {run.config_path}: {error}") from None
+
+
+def make_model(
+    config: TrainConfig, split: Split, ranks: Ranks | None = None, restored: bool = False
+) -> SequenceLearner:
     """The algorithm with its environment over a split's episodes, and its policy.
 
     Each of several ``ranks`` makes its own, and they learn together. The weights of a model that is
@@ -184,9 +213,8 @@ def make_model(config: TrainConfig, split: Split, ranks: Ranks | None = None, re
     env = make_vector_env(
         config, split.episodes, split.scenes, algorithm.num_envs, seed=config.seed, ranks=ranks
     )
-    clipping = cast(DecaySchedule, algorithm.clip_range_schedule)
-    clip_range_vf = algorithm.clip_range_vf
-    return PPO(
+    learner, settings = learning_settings(config)
+    return learner(
         NavigationPolicy,
         SB3VecEnv(env),
         learning_rate=learning_rate(algorithm, ranks.size),
@@ -195,34 +223,61 @@ def make_model(config: TrainConfig, split: Split, ranks: Ranks | None = None, re
         n_epochs=algorithm.epochs,
         gamma=algorithm.gamma,
         gae_lambda=algorithm.gae_lambda,
-        clip_range=Decay(algorithm.clip_range, clipping),
-        clip_range_vf=None if clip_range_vf is None else Decay(clip_range_vf, clipping),
-        clip_value_loss=algorithm.clip_value_loss,
-        normalize_advantage=algorithm.normalize_advantage,
         normalize_returns=algorithm.normalize_returns,
-        ent_coef=algorithm.ent_coef,
         vf_coef=algorithm.vf_coef,
         max_grad_norm=algorithm.max_grad_norm,
-        target_kl=algorithm.target_kl,
         replay_epochs=algorithm.replay_epochs,
         replay_steps=algorithm.replay_steps,
         auxiliary=AuxiliaryConfig(algorithm.cpc_coef, algorithm.inverse_dynamics_coef),
         nonfinite=cast(NonFinite, algorithm.nonfinite),
         feature_dtype=getattr(torch, algorithm.feature_dtype),
-        imitation=ImitationConfig(
-            frames=algorithm.imitation_frames,
-            mixing_fraction=algorithm.imitation_mixing,
-            inflection_weight=algorithm.inflection_weight,
-            # A minibatch is made of whole sequences: at most one for each environment.
-            num_minibatches=min(algorithm.imitation_minibatches, algorithm.num_envs * ranks.size),
-            anchor_coef=algorithm.anchor_coef,
-            anchor_frames=algorithm.anchor_frames,
-        ),
+        imitation=teaching(config, ranks.size),
         ranks=ranks,
         sync_frac=config.distributed.sync_frac,
         policy_kwargs=policy_settings(config, restored),
         seed=config.seed,
         device=training_device(config.device),
+        **settings,
+    )
+
+
+def learning_settings(config: TrainConfig) -> tuple[type[SequenceLearner], dict[str, Any]]:
+    """The algorithm, and those of its settings that others do not have."""
+    algorithm = config.algorithm
+    if algorithm.name == "imitation":
+        return Imitator, {}
+    clipping = cast(DecaySchedule, algorithm.clip_range_schedule)
+    clip_range_vf = algorithm.clip_range_vf
+    return PPO, {
+        "clip_range": Decay(algorithm.clip_range, clipping),
+        "clip_range_vf": None if clip_range_vf is None else Decay(clip_range_vf, clipping),
+        "clip_value_loss": algorithm.clip_value_loss,
+        "normalize_advantage": algorithm.normalize_advantage,
+        "ent_coef": algorithm.ent_coef,
+        "target_kl": algorithm.target_kl,
+    }
+
+
+def teaching(config: TrainConfig, processes: int = 1) -> ImitationConfig:
+    """The expert's part, for as many processes that learn together."""
+    algorithm, imitation = config.algorithm, config.imitation
+    everyone = algorithm.num_envs * processes
+    return ImitationConfig(
+        frames=algorithm.total_frames if algorithm.name == "imitation" else imitation.frames,
+        schedule=cast(MixingSchedule, imitation.schedule),
+        initial_share=imitation.share,
+        mixing_fraction=imitation.mixing,
+        decay=imitation.decay,
+        iteration_frames=everyone * algorithm.num_steps,
+        final_share=imitation.final_share,
+        alone_fraction=imitation.alone,
+        segment_steps=imitation.segment_steps,
+        inflection_weight=imitation.inflection_weight,
+        # A minibatch is made of whole sequences: at most one for each environment.
+        num_minibatches=min(imitation.minibatches, everyone),
+        critic_warmup_frames=algorithm.critic_warmup_frames,
+        anchor_coef=algorithm.anchor_coef,
+        anchor_frames=algorithm.anchor_frames,
     )
 
 
@@ -233,7 +288,7 @@ class Trainer(BaseCallback):
         self,
         config: TrainConfig,
         run: Run,
-        model: PPO,
+        model: SequenceLearner,
         val_split: Split,
         console: Console,
         stop: StopSignals | None = None,
@@ -241,7 +296,7 @@ class Trainer(BaseCallback):
         """``val_split`` holds the episodes to evaluate on; ``stop`` tells of signals, None of none."""
         super().__init__()
         self.config, self.run, self.console = config, run, console
-        self.model: PPO = model
+        self.model: SequenceLearner = model
         self.ranks = model.ranks
         model.guard.folder = run.path
         algorithm = config.algorithm
@@ -526,7 +581,9 @@ class Trainer(BaseCallback):
         now = time.monotonic()
         self._unsaved_since = now if self._unsaved_since is None else self._unsaved_since
         if last or now - self._unsaved_since >= 60 * UNSAVED_MINUTES:
-            raise RunError(f"{report}. Make room, then go on with `navagent train resume={self.run.path}`")
+            raise RunError(
+                f"{report}. Make room, then go on with `navagent {verb(self.config)} resume={self.run.path}`"
+            )
         self.progress.say(
             f"{report}. Training goes on; the next try is in "
             f"{duration(60 * self.config.checkpoint.every_minutes)}, and without room it ends after "
@@ -632,7 +689,12 @@ class RunWriter(KVWriter):
 
 
 def plan(
-    config: TrainConfig, run: Run, model: PPO, train_split: Split, val_split: Split, memory: MemoryPlan
+    config: TrainConfig,
+    run: Run,
+    model: SequenceLearner,
+    train_split: Split,
+    val_split: Split,
+    memory: MemoryPlan,
 ) -> Table:
     """What is about to be trained, for the person who has to wait for it."""
     policy = model.policy
@@ -646,11 +708,11 @@ def plan(
     processes = f" in each of {ranks.size} processes" if ranks.size > 1 else ""
     own = len(model.env.vector_envs[0].sampler.scene_ids)  # type: ignore[union-attr]
     shard = f", {own} in this process" if own < len(train_split.scenes) else ""
-    teaching = (
-        f"{algorithm.imitation_frames:,} taught by an expert that knows the shortest path, then PPO"
-        if algorithm.imitation_frames
-        else "PPO"
-    )
+    imitation = config.imitation
+    taught = "taught by an expert that knows the shortest path"
+    lesson = f"{imitation.frames:,} {taught}, then PPO" if imitation.frames else "PPO"
+    if algorithm.name == "imitation":
+        lesson = f"all {taught}, by {imitation.name.replace('_', ' ')}"
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim")
     table.add_column(overflow="fold")
@@ -659,7 +721,7 @@ def plan(
         "parameters": f"{trained:,} learned, {held:,} frozen",
         "homes": f"{len(train_split.scenes)} to train in ({len(train_split.episodes):,} episodes){shard}, "
         f"{len(val_split.scenes)} unseen ones to evaluate in ({len(val_split.episodes):,})",
-        "training": f"{algorithm.total_frames:,} frames ({teaching}), {algorithm.num_envs} agents x "
+        "training": f"{algorithm.total_frames:,} frames ({lesson}), {algorithm.num_envs} agents x "
         f"{algorithm.num_steps} steps a rollout{processes}",
         "memory": memory.describe(),
         "features": "; ".join(f"{image}: {how}" for image, how in feature_storage(policy).items()) or "none",

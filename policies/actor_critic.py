@@ -131,6 +131,10 @@ class NavigationPolicy(ActorCriticPolicy):
             {"params": rest, "weight_decay": weight_decay},
         ]
 
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """What only the critic's estimates depend on; it shares everything else with the policy."""
+        return list(self.value_net.parameters())
+
     @property
     def memory_shape(self) -> tuple[int, ...]:
         """Shape of one agent's memory."""

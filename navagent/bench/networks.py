@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 HABITAT = (
     "sensors=depth",
-    "algorithm.imitation_frames=0",
+    "imitation.frames=0",
     "algorithm.epochs=2",
     "algorithm.num_minibatches=2",
     "algorithm.learning_rate=2.5e-4",

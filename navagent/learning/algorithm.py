@@ -81,7 +81,7 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         self.set_random_seed(self.seed)
         self.stragglers = Stragglers(self.ranks, self.sync_frac, self.n_steps)
         self.rollout_buffer = self._empty_buffer()
-        self.replay = Replay(self.replay_steps, self._empty_buffer()) if self.replay_steps else None
+        self.replay = self._make_replay()
         self.normaliser: ReturnNormaliser | None = None
         if self.normalize_returns:
             self.normaliser = ReturnNormaliser(self.n_envs, self.gamma).to(self.device)
@@ -98,6 +98,8 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         stop_action = 0 if self.action_space.n == 4 else None
         self.mixture = ExpertMixture(self.imitation, self.n_envs, stop_action, self.generator, self.ranks)
         self.anchor: Anchor | None = None
+        self.rollout_phase = self.phase
+        """What the newest rollout was for, as :attr:`phase` has it."""
         self.stage_seconds: dict[str, float] = defaultdict(float)
         """Time spent since the last log, by stage: simulate, expert, policy, update [s]."""
         self.recent_episodes: deque[dict[str, float]] = deque(maxlen=self._stats_window_size)
@@ -107,6 +109,9 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         self._frames_logged = 0
         self._memory: Tensor | None = None
         self._groups: list[AgentGroup] = []
+
+    def _make_replay(self) -> Replay | None:
+        return Replay(self.replay_steps, self._empty_buffer()) if self.replay_steps else None
 
     def _empty_buffer(self) -> SequenceBuffer:
         return SequenceBuffer(
@@ -140,8 +145,10 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
 
     @property
     def phase(self) -> str:
-        """``imitation`` or ``ppo``: what the next rollout is for."""
-        return "imitation" if self.num_timesteps < self.imitation.frames else "ppo"
+        """What the next rollout is for: ``imitation``, ``critic``, which learns alone, or ``ppo``."""
+        if self.num_timesteps < self.imitation.frames:
+            return "imitation"
+        return "critic" if self.imitation.critic_alone(self.num_timesteps) else "ppo"
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -223,7 +230,8 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         """
         policy: Any = self.policy
         assert self._memory is not None
-        imitating = self.phase == "imitation"
+        self.rollout_phase = self.phase
+        imitating = self.rollout_phase == "imitation"
         if not imitating and self.anchor is None and self.imitation.anchor_weight(self.num_timesteps) > 0:
             self.anchor = Anchor(policy, self._memory)
         if self.anchor is not None and self.imitation.anchor_weight(self.num_timesteps) == 0:
@@ -598,8 +606,7 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
             self.logger.record(f"time/{stage}_seconds", seconds)
             self.logger.record(f"time/{stage}_share", seconds / stages if stages > 0 else 0.0)
         self.stage_seconds.clear()
-        phase = "imitation" if self.rollout_buffer.has_expert_actions else "ppo"
-        self.logger.record("rollout/phase", phase, exclude="tensorboard")
+        self.logger.record("rollout/phase", self.rollout_phase, exclude="tensorboard")
         self.logger.record("rollout/episodes", len(self.episodes_of_rollout))
         names: dict[str, list[float]] = defaultdict(list)
         for episode in self.recent_episodes:

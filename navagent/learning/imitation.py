@@ -1,17 +1,19 @@
 """Learning from an expert that can be asked anywhere: DAgger, and staying close to what was learned.
 
-DAgger (Ross et al. 2011) lets a mixture of expert and learner act and has the expert label every state that
-the mixture visits. The expert's part of the mixture falls while training goes on, so that the learner ends up
-being corrected where it goes by itself. Labels are learned by cross-entropy in which the steps where the
-expert changes its action weigh more (inflection weighting, Wijmans et al. 2019). The critic learns the
-observed returns at the same time, so that PPO can take over the same policy with the same optimiser.
+DAgger (Ross et al. 2011) lets a mixture of expert and learner act, beta_i of the expert and 1 - beta_i of the
+learner in iteration i, and has the expert label every state that the mixture visits. The expert's share falls
+from one iteration to the next, so that the learner ends up being corrected where it goes by itself; an
+iteration is a rollout. Behaviour cloning is the mixture that is all expert. Labels are learned by
+cross-entropy in which the steps where the expert changes its action weigh more (inflection weighting, Wijmans
+et al. 2019). The critic learns the observed returns at the same time, so that PPO can take over the same
+policy with the same optimiser.
 """
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +22,30 @@ from torch.nn import functional
 from navagent.distributed import Ranks
 from navagent.learning.rollout import SequenceBatch
 
+MixingSchedule = Literal["linear", "exponential", "constant"]
+
 
 @dataclass(frozen=True)
 class ImitationConfig:
     """When an expert teaches, and how."""
 
     frames: int = 0
-    """Frames of imitation before PPO takes over; 0 means PPO alone."""
+    """Frames of imitation before PPO takes over, or of all; 0 means PPO alone."""
+    schedule: MixingSchedule = "linear"
+    """How the expert's part of the behaviour falls from ``initial_share``: along a line, by a factor from one
+    iteration to the next (Ross et al. 2011), or not at all."""
+    initial_share: float = 1.0
+    """The expert's part of the behaviour at first."""
     mixing_fraction: float = 0.5
-    """Share of ``frames`` over which the expert's part of the behaviour falls from 1 to ``final_share``."""
+    """Share of ``frames`` over which a line falls to ``final_share``."""
+    decay: float = 0.99
+    """The factor from one iteration to the next; with 0 the expert acts in the first iteration alone, the
+    choice without parameters of Ross et al."""
+    iteration_frames: int = 1
+    """Frames of an iteration: those of a rollout."""
     final_share: float = 0.25
-    """The expert's part of the behaviour after that. With none, a learner that is stuck stays so until its
-    episode times out, and most of what it learns from is being stuck."""
+    """What the expert's part never falls below, unless it began there. With none, a learner that is stuck
+    stays so until its episode times out, and most of what it learns from is being stuck."""
     segment_steps: float = 16.0
     """Who acts is drawn at the start of an episode and anew after so many steps on average."""
     inflection_weight: float = 2.0
@@ -40,24 +54,30 @@ class ImitationConfig:
     """Share of ``frames``, the last ones, in which the learner acts alone, so that the critic knows what the
     learner's own behaviour is worth when PPO takes over. Before that, the learner's STOP is carried out only
     where the expert would stop too: a beginner would end its episodes before it has seen anything."""
+    critic_warmup_frames: int = 0
+    """Frames of PPO, the first ones, in which the critic alone learns and the policy stays as it is."""
     num_minibatches: int | None = None
     """Into how many groups of environments a rollout is split to learn labels; as many as for PPO if None.
     Labels bear small minibatches, and the more updates of the parameters teach much faster."""
     anchor_coef: float = 0.0
     """Weight in PPO's loss of the divergence from the imitated policy, when PPO takes over."""
     anchor_frames: int = 0
-    """Frames of PPO over which ``anchor_coef`` falls to 0."""
+    """Frames of PPO, after those of the critic alone, over which ``anchor_coef`` falls to 0."""
 
     def __post_init__(self) -> None:
-        if self.segment_steps < 1:
-            raise ValueError(f"imitation segment_steps {self.segment_steps} must be at least 1")
-        for name in ("mixing_fraction", "final_share", "alone_fraction"):
+        if self.schedule not in ("linear", "exponential", "constant"):
+            raise ValueError(
+                f"imitation schedule {self.schedule!r} is not one of linear, exponential, constant"
+            )
+        for name in ("segment_steps", "iteration_frames"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"imitation {name} {getattr(self, name)} must be at least 1")
+        for name in ("initial_share", "mixing_fraction", "decay", "final_share", "alone_fraction"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"imitation {name} {getattr(self, name)} must lie between 0 and 1")
-        if self.frames < 0 or self.anchor_frames < 0:
-            raise ValueError(
-                f"imitation frames {self.frames} and anchor_frames {self.anchor_frames} must not be negative"
-            )
+        for name in ("frames", "critic_warmup_frames", "anchor_frames"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"imitation {name} {getattr(self, name)} must not be negative")
         if self.inflection_weight <= 0:
             raise ValueError(f"inflection_weight {self.inflection_weight} must be greater than 0")
 
@@ -69,17 +89,30 @@ class ImitationConfig:
         """Probability that the expert acts, after ``frames`` frames."""
         if self.learner_alone(frames):
             return 0.0
+        if self.schedule == "constant":
+            return self.initial_share
+        if self.schedule == "exponential":
+            share = self.initial_share * self.decay ** (frames // self.iteration_frames)
+            return max(share, min(self.initial_share, self.final_share))
         mixing_frames = self.frames * self.mixing_fraction
         if frames >= mixing_frames:
             return self.final_share
-        return 1.0 - (1.0 - self.final_share) * frames / mixing_frames
+        return self.initial_share - (self.initial_share - self.final_share) * frames / mixing_frames
+
+    def critic_alone(self, frames: int) -> bool:
+        """Whether only the critic learns, after ``frames`` frames."""
+        return 0 <= frames - self.frames < self.critic_warmup_frames
 
     def anchor_weight(self, frames: int) -> float:
-        """Weight of the divergence from the imitated policy, after ``frames`` frames."""
+        """Weight of the divergence from the imitated policy, after ``frames`` frames.
+
+        It does not fall while the critic alone learns.
+        """
         since = frames - self.frames
-        if since < 0 or since >= self.anchor_frames:
+        if since < 0 or self.anchor_frames == 0:
             return 0.0
-        return self.anchor_coef * (1.0 - since / self.anchor_frames)
+        fallen = max(0, since - self.critic_warmup_frames) / self.anchor_frames
+        return self.anchor_coef * max(0.0, 1.0 - fallen)
 
 
 class ExpertMixture:

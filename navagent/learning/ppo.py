@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from navagent.learning.imitation import divergence
 from navagent.learning.rollout import SequenceBatch, SequenceBuffer
-from navagent.learning.updates import Evaluation, SequenceLearner
+from navagent.learning.updates import Evaluation, Pass, SequenceLearner, alone
 
 
 class PPO(SequenceLearner):
@@ -72,18 +72,21 @@ class PPO(SequenceLearner):
         if self.clip_range_vf is not None:
             self.clip_range_vf = FloatSchedule(self.clip_range_vf)
         super()._setup_model()
+        if self.imitation.critic_warmup_frames and not hasattr(self.policy, "critic_parameters"):
+            raise TypeError(
+                f"policy {type(self.policy).__name__} lacks critic_parameters, which critic_warmup_frames "
+                "needs: use policies.actor_critic.NavigationPolicy"
+            )
 
     def _update(self) -> None:
-        """By PPO, or by the expert's labels while imitating."""
-        # Whatever is trained on labels was collected with them.
-        if self.rollout_buffer.has_expert_actions:
+        """By PPO, by the expert's labels while imitating, or the critic alone."""
+        if self.rollout_phase == "imitation":
             self._learn_labels()
+        elif self.rollout_phase == "critic":
+            self._learn_critic()
         else:
-            passes = (
-                (rollout.minibatches(self.n_minibatches, self.generator), kind)
-                for rollout, kind in self._epochs()
-            )
-            self._optimise(passes, self._objective, self._diverged)
+            self.policy.set_training_mode(True)
+            self._optimise(self._passes(), self._objective, self._diverged)
         self.logger.record("train/clip_range", self.clip_range(self._current_progress_remaining))  # type: ignore[operator]
 
     def _diverged(self, record: dict[str, Tensor], kind: str) -> bool:
@@ -91,6 +94,30 @@ class PPO(SequenceLearner):
         if self.target_kl is None or kind != "train/":
             return False
         return record["train/approx_kl"].item() > 1.5 * self.target_kl
+
+    def _learn_critic(self) -> None:
+        """Lets the critic's own parameters learn the newest rollout; the policy, and what both share, stay.
+
+        After imitation it does not know what the policy is worth, and its advantages would spoil the policy.
+        """
+        policy: Any = self.policy
+
+        def objective(evaluation: Evaluation, batch: SequenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
+            clip_range = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
+            loss = self._value_loss(evaluation[0], batch, clip_range)
+            return self.vf_coef * loss, {"train/value_loss": loss.detach()}
+
+        policy.set_training_mode(False)
+        newest = (
+            (self.rollout_buffer.minibatches(self.n_minibatches, self.generator), "train/")
+            for _ in range(self.n_epochs)
+        )
+        with alone(policy.optimizer, policy.critic_parameters()):
+            self._optimise(newest, objective)
+
+    def _passes(self) -> Iterator[Pass]:
+        for rollout, kind in self._epochs():
+            yield rollout.minibatches(self.n_minibatches, self.generator), kind
 
     def _epochs(self) -> Iterator[tuple[SequenceBuffer, str]]:
         """What each epoch learns from, and where in the log its losses go: by default the newest rollout."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
-from torch import Tensor
+from torch import Tensor, nn
 
 from navagent.distributed import Ranks
 from navagent.learning.algorithm import SequenceAlgorithm
@@ -187,12 +188,18 @@ class SequenceLearner(SequenceAlgorithm):
             values, _, _, logits = evaluation
             return imitation_objective(logits, values, batch, self.imitation, self.vf_coef, self.ranks)
 
+        self.policy.set_training_mode(True)
         self._optimise(self._label_passes(), objective)
 
+    @property
+    def label_minibatches(self) -> int:
+        """Into how many groups of environments a rollout is split to learn its labels."""
+        return self.imitation.num_minibatches or self.n_minibatches
+
     def _label_passes(self) -> Iterator[Pass]:
-        count = self.imitation.num_minibatches
+        """What labels are learned from: the newest rollout, ``n_epochs`` times."""
         for _ in range(self.n_epochs):
-            yield self.rollout_buffer.minibatches(count or self.n_minibatches, self.generator), "train/"
+            yield self.rollout_buffer.minibatches(self.label_minibatches, self.generator), "train/"
 
     def _optimise(
         self,
@@ -206,7 +213,6 @@ class SequenceLearner(SequenceAlgorithm):
         True ends the update.
         """
         policy: Any = self.policy
-        policy.set_training_mode(True)
         self._update_learning_rate(policy.optimizer)
         parameters = [p for group in policy.optimizer.param_groups for p in group["params"]]
         records: dict[str, list[Tensor]] = defaultdict(list)
@@ -224,7 +230,7 @@ class SequenceLearner(SequenceAlgorithm):
                 if not self.guard.accepts(record, batch, policy, self.num_timesteps):
                     continue
                 for name, value in record.items():
-                    records[name.replace("train/", kind)].append(value)
+                    records[_renamed(name, kind)].append(value)
                 if enough(record, kind):
                     stopped = True
                     break
@@ -279,3 +285,29 @@ class SequenceLearner(SequenceAlgorithm):
         unexplained = self.ranks.variance(buffer.returns - buffer["values"]) / spread
         self.logger.record("train/explained_variance", (1 - unexplained).item() if spread > 0 else 0.0)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+
+@contextmanager
+def alone(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within the block, of all parameters of the optimiser only ``parameters`` get gradients."""
+    kept = {id(parameter) for parameter in parameters}
+    resting = [
+        parameter
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.requires_grad and id(parameter) not in kept
+    ]
+    for parameter in resting:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in resting:
+            parameter.requires_grad_(True)
+
+
+def _renamed(name: str, kind: str) -> str:
+    """What is logged under ``name`` of a pass over the newest rollout, for a pass of another ``kind``."""
+    if kind == "train/":
+        return name
+    return name.replace("train/", kind).replace("imitation/", kind)

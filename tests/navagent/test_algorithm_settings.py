@@ -17,7 +17,7 @@ from navagent.runs import Run, read_checkpoint
 from navagent.train import learning_rate, make_model, train
 
 EVERYTHING = (
-    "algorithm.imitation_frames=32",
+    "imitation.frames=32",
     "algorithm.optimizer=lamb",
     "algorithm.scale_learning_rate=true",
     "algorithm.learning_rate_warmup=0.2",

@@ -37,8 +37,10 @@ def test_every_option_of_every_group_composes(group, tmp_path):
     for option in options(group):
         assert option_help(group, option)
         extra = [f"scenes.dataset={tmp_path}"] if option == "dataset" else []
+        # Cloning does not come before PPO.
+        extra += ["algorithm=imitation"] if group == "imitation" else []
         config = load_config([f"{group}={option}", *extra])
-        if group in ("env", "encoder", "adaptation", "memory", "algorithm"):
+        if group in ("env", "encoder", "adaptation", "memory", "algorithm", "imitation"):
             assert getattr(config, group).name == option
 
 

@@ -442,7 +442,7 @@ def words(room, path, *overrides):
         "algorithm.total_frames=320",
         "algorithm.num_steps=8",
         "algorithm.num_minibatches=2",
-        "algorithm.imitation_frames=64",
+        "imitation.frames=64",
         "algorithm.anchor_coef=0.1",
         "algorithm.anchor_frames=1000",
         "algorithm.curriculum=linear",

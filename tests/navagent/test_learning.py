@@ -21,7 +21,7 @@ def test_imitation_then_ppo_reach_nine_in_ten_in_a_room(tmp_path):
                 "env.max_steps=100",
                 "encoder.weights=random",
                 "algorithm.total_frames=28672",
-                "algorithm.imitation_frames=14336",
+                "imitation.frames=14336",
                 "algorithm.num_envs=16",
                 "algorithm.num_steps=32",
                 "algorithm.num_minibatches=2",

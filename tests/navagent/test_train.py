@@ -63,7 +63,7 @@ def words(room, path, *overrides):
         "algorithm.num_envs=4",
         "algorithm.num_steps=8",
         "algorithm.num_minibatches=2",
-        "algorithm.imitation_frames=64",
+        "imitation.frames=64",
         "algorithm.anchor_coef=0.1",
         "algorithm.anchor_frames=1000",
         "algorithm.curriculum=linear",
@@ -289,7 +289,7 @@ def test_statistics_of_a_distilled_side_network_stay_after_resuming_too(room, tm
         "algorithm.num_envs=2",
         "algorithm.num_steps=4",
         "algorithm.epochs=1",
-        "algorithm.imitation_frames=0",
+        "imitation.frames=0",
         "evaluation.every_frames=0",
     ]
     straight = train(settings(room, tmp_path / "straight", *asked), silent())

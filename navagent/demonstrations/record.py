@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +101,8 @@ def record(
     """Records ``number`` demonstrations into the file ``path``, or what a file that is there still lacks.
 
     Episodes are played in parts; a part is a matter of the source and its place alone, so that it does not
-    matter what was recorded when. What is in the file is always whole parts.
+    matter what was recorded when. What a network does is kept by whole parts, for who plays beside it changes
+    its last bits; the expert and a person are kept one by one.
 
     Args:
         path: the file.
@@ -155,15 +157,18 @@ def record(
         while len(done) < number:
             begin = len(done)
             sampler.part = range(begin, min((begin // part + 1) * part, number))
-            try:
-                done += _play(env, agent, source.seed)
-            except StartOverError:
-                continue
-            if progress is not None:
-                progress(len(done), number)
-            if time.monotonic() - saved_at > _SECONDS_BETWEEN_SAVES:
-                DemonstrationSet.of(header, done).save(path)
-                saved, saved_at = len(done), time.monotonic()
+            waiting: list[Demonstration] = []
+            with contextlib.suppress(StartOverError):
+                for one in _play(env, agent, source.seed):
+                    waiting.append(one)
+                    if source.checkpoint is None or len(waiting) == len(sampler.part):
+                        done += waiting
+                        waiting = []
+                    if progress is not None:
+                        progress(len(done) + len(waiting), number)
+                    if len(done) > saved and time.monotonic() - saved_at > _SECONDS_BETWEEN_SAVES:
+                        DemonstrationSet.of(header, done).save(path)
+                        saved, saved_at = len(done), time.monotonic()
     except LeaveError:
         pass
     finally:
@@ -196,8 +201,8 @@ def _check_same(path: Path, found: Header, wanted: Header) -> None:
         )
 
 
-def _play(env: PointNavVectorEnv, agent: Agent, seed: int) -> list[Demonstration]:
-    """Demonstrations of the part that ``env``'s sampler is set to, in its order."""
+def _play(env: PointNavVectorEnv, agent: Agent, seed: int) -> Iterator[Demonstration]:
+    """Demonstrations of the part that ``env``'s sampler is set to, in its order, as they are there."""
     sampler, simulator = env.sampler, env.simulator
     assert isinstance(sampler, PartSampler)
     part = sampler.part
@@ -212,7 +217,8 @@ def _play(env: PointNavVectorEnv, agent: Agent, seed: int) -> list[Demonstration
     poses: list[NDArray[np.float32]] = []
     values: list[NDArray[np.int64]] = []
     taken: list[NDArray[np.int64]] = []
-    while len(found) < len(part):
+    given = part.start
+    while given < part.stop:
         active = env.active
         starts = active & ~started
         started = active
@@ -245,4 +251,6 @@ def _play(env: PointNavVectorEnv, agent: Agent, seed: int) -> list[Demonstration
                 path_length=measures["path_length"][index],
                 collisions=int(measures["collisions"][index]),
             )
-    return [found[number] for number in part]
+        while given in found:
+            yield found.pop(given)
+            given += 1

@@ -46,9 +46,7 @@ def _checked(scene_id: str, expected: str, scenes_dir: Path) -> Path:
     try:
         path = find_scene(scene_id, scenes_dir)
     except EpisodeError as error:
-        raise DemonstrationError(
-            f"the demonstrations take place in a scene that is not here: {error}"
-        ) from None
+        raise DemonstrationError(f"a scene of the demonstrations is not here: {error}") from None
     found = scene_sha256(path)
     if found != expected:
         raise DemonstrationError(

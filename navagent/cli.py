@@ -514,6 +514,12 @@ def _reference(arguments: Sequence[str]) -> int:
     return run(options.folder, options.json)
 
 
+def _doctor(arguments: Sequence[str]) -> int:
+    from navagent.doctor.command import doctor
+
+    return doctor(arguments)
+
+
 VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (_train, "train an agent: homes, imitation, PPO, evaluation, report"),
     "imitate": (_imitate, "train an agent from an expert alone: DAgger or behaviour cloning"),
@@ -525,6 +531,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "adapt": (_adapt, "list what adaptation methods cost; distil side networks; compare all methods"),
     "bench": (_bench, "measure how fast training is, beside other learners"),
     "reference": (_reference, "hold the simulator against recordings of real Habitat"),
+    "doctor": (_doctor, "check the installation, and say what is wrong and how to mend it"),
 }
 """Each verb with what runs it and one line on what it is for."""
 
@@ -582,7 +589,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     warnings.showwarning = _Warnings()
     try:
-        check_packages()
+        if arguments[:1] != ["doctor"]:  # who tells more of what is wrong
+            check_packages()
         status = _dispatch(arguments)
         sys.stdout.flush()
         return status

@@ -43,6 +43,13 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
     return min(quotas, default=None)
 
 
+def size(count: float) -> str:
+    """Bytes in words: ``12 MB``, ``3.4 GB``, in powers of 1024."""
+    if count < 2**30:
+        return f"{count / 2**20:,.0f} MB"
+    return f"{count / 2**30:,.1f} GB"
+
+
 def _machine(root: Path) -> Iterable[int]:
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()

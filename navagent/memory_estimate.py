@@ -32,7 +32,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from navagent.config import ConfigError, TrainConfig
 from navagent.distributed import Launch
-from navagent.limits import available_memory
+from navagent.limits import available_memory, size
 
 if TYPE_CHECKING:
     from navagent.learning.updates import SequenceLearner
@@ -509,13 +509,6 @@ def _doubled(start: int, most: int) -> list[int]:
         start = min(2 * start, most)
         values.append(start)
     return values
-
-
-def size(count: float) -> str:
-    """Bytes in words: ``12 MB``, ``3.4 GB``, in powers of 1024."""
-    if count < 2**30:
-        return f"{count / 2**20:,.0f} MB"
-    return f"{count / 2**30:,.1f} GB"
 
 
 def plan_memory(config: TrainConfig, model: SequenceLearner, val_scenes: Iterable[Path]) -> MemoryPlan:

@@ -65,6 +65,9 @@ class PointNavVectorEnv(VectorEnv[Observations, Any, Any]):
         noise: of cameras and motion.
         depth_range: depths that map to 0 and 1 [m].
         render_mode: ``"rgb_array"``, or None.
+        final_observations: with same-step autoreset, whose last observations are wanted: those of all
+            ``"ended"`` episodes, or only of ``"truncated"`` ones, for learners that need no others. The rest
+            of ``final_obs`` is then the next episode's.
 
     Raises:
         ValueError: an observation is unknown, or the parts do not fit each other.
@@ -81,11 +84,14 @@ class PointNavVectorEnv(VectorEnv[Observations, Any, Any]):
         noise: NoiseConfig | None = None,
         depth_range: tuple[float, float] = (0.0, 10.0),
         render_mode: str | None = None,
+        final_observations: Literal["ended", "truncated"] = "ended",
     ) -> None:
         if output not in ("torch", "numpy"):
             raise ValueError(f"output {output!r} is not one of torch, numpy")
         if sampler.num_agents != simulator.num_agents:
             raise ValueError(f"the sampler serves {sampler.num_agents} agents, not {simulator.num_agents}")
+        if final_observations not in ("ended", "truncated"):
+            raise ValueError(f"final_observations {final_observations!r} is not one of ended, truncated")
         if not 0.0 <= depth_range[0] < depth_range[1]:
             raise ValueError(f"depth_range {depth_range} must be (near, far) with 0 <= near < far")
         self.simulator = simulator
@@ -95,6 +101,7 @@ class PointNavVectorEnv(VectorEnv[Observations, Any, Any]):
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.noise = noise or NoiseConfig()
         self.depth_range = depth_range
+        self.final_observations = final_observations
         self.num_envs = simulator.num_agents
         self.metadata = {
             "render_modes": ["rgb_array"],
@@ -178,7 +185,10 @@ class PointNavVectorEnv(VectorEnv[Observations, Any, Any]):
         done = (terminated | truncated).cpu().numpy()
         infos = self._end_infos(done) if done.any() else {}
         if self.autoreset_mode == AutoresetMode.SAME_STEP:
-            observations = self._restart_same_step(done, infos)
+            wanted = done
+            if self.final_observations == "truncated":
+                wanted = (truncated & ~terminated).cpu().numpy()
+            observations = self._restart_same_step(done, wanted, infos)
         else:
             # With next-step autoreset, agents whose last step ended their episode start the next one now.
             self._start_episodes(np.flatnonzero(self._ended))
@@ -297,23 +307,22 @@ class PointNavVectorEnv(VectorEnv[Observations, Any, Any]):
                 self._goals[episodes],
             )
 
-    def _restart_same_step(self, done: np.ndarray, infos: dict[str, Any]) -> Observations:
+    def _restart_same_step(self, done: np.ndarray, wanted: np.ndarray, infos: dict[str, Any]) -> Observations:
         """Starts the next episodes of agents that are done, and returns the new observations.
 
-        Adds the last observations of the ended episodes to infos.
+        Adds the last observations of those episodes that are ``wanted`` to infos.
         """
-        if not done.any():
-            self._rotate_scenes()
-            return self._observe()
-        ended = np.flatnonzero(done)
-        indices = torch.from_numpy(ended).to(self.simulator.device)
-        last = self._observe(indices)
-        self._start_episodes(ended)
+        last = None
+        if wanted.any():
+            indices = torch.from_numpy(np.flatnonzero(wanted)).to(self.simulator.device)
+            last = self._observe(indices)
+        self._start_episodes(np.flatnonzero(done))
         self._rotate_scenes()
         observations = self._observe()
-        final = {name: value.index_copy(0, indices, last[name]) for name, value in observations.items()}
-        infos["final_obs"] = self._out(final)
-        infos["_final_obs"] = self._out(torch.from_numpy(done))
+        if last is not None:
+            final = {name: value.index_copy(0, indices, last[name]) for name, value in observations.items()}
+            infos["final_obs"] = self._out(final)
+            infos["_final_obs"] = self._out(torch.from_numpy(wanted))
         return observations
 
     def _rotate_scenes(self) -> None:

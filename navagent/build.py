@@ -5,6 +5,7 @@ Training and evaluation build through here, so that an agent is evaluated in the
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -213,7 +214,9 @@ def make_vector_env(
     autoreset_mode: AutoresetMode | None = None,
     seed: int = 0,
     extra_cameras: Sequence[SensorSpec] = (),
-    ranks: Ranks | None = None,
+    first_agent: int = 0,
+    total_agents: int | None = None,
+    final_observations: Literal["ended", "truncated"] = "ended",
 ) -> PointNavVectorEnv:
     """The settings' environment over some episodes, with tensors out.
 
@@ -226,21 +229,22 @@ def make_vector_env(
         autoreset_mode: As Gymnasium has it; within the same step if None.
         seed: Of the streams' order and of noise.
         extra_cameras: Cameras that the policy does not get, for videos.
-        ranks: The processes whose agents share the streams of episodes, ``num_envs`` in each; None for one.
+        first_agent: Number of the first agent among ``total_agents``, which share the streams of episodes.
+        total_agents: How many there are in all; ``num_envs`` if None.
+        final_observations: Whose last observations are told, see :class:`envs.vector_env.PointNavVectorEnv`.
     """
     from envs.sampler import EpisodeSampler
 
-    ranks = ranks or Ranks()
     sampler = EpisodeSampler(
         episodes,
         num_envs,
         scenes,
         seed=seed,
         mode=mode,
-        first_agent=ranks.rank * num_envs,
-        total_agents=ranks.size * num_envs,
+        first_agent=first_agent,
+        total_agents=total_agents,
     )
-    return sampled_env(config, sampler, autoreset_mode, extra_cameras)
+    return sampled_env(config, sampler, autoreset_mode, extra_cameras, final_observations)
 
 
 def sampled_env(
@@ -248,6 +252,7 @@ def sampled_env(
     sampler: EpisodeSampler,
     autoreset_mode: AutoresetMode | None = None,
     extra_cameras: Sequence[SensorSpec] = (),
+    final_observations: Literal["ended", "truncated"] = "ended",
 ) -> PointNavVectorEnv:
     """The settings' environment over the episodes that ``sampler`` hands out, with tensors out.
 
@@ -274,7 +279,40 @@ def sampled_env(
         autoreset_mode=AutoresetMode.SAME_STEP if autoreset_mode is None else autoreset_mode,
         noise=noise(config),
         depth_range=(config.sensors.min_depth, config.sensors.max_depth),
+        final_observations=final_observations,
     )
+
+
+def make_training_envs(
+    config: TrainConfig, episodes: Sequence[Episode], scenes: dict[str, Path], ranks: Ranks
+) -> list[PointNavVectorEnv]:
+    """What this process's agents train in: one environment, or one for each half with ``speed.overlap``.
+
+    Each of ``ranks`` has ``algorithm.num_envs`` agents, and all together share the streams of episodes.
+    """
+    agents = config.algorithm.num_envs
+    first, everyone = ranks.rank * agents, ranks.size * agents
+    half = (agents + 1) // 2 if config.speed.overlap else agents
+    threads = set_threads(config.num_threads)
+    if config.speed.overlap:
+        # The other threads are the policy's.
+        config = dataclasses.replace(config, num_threads=max(1, threads // 2))
+    envs = [
+        make_vector_env(
+            config,
+            episodes,
+            scenes,
+            min(half, agents - begin),
+            seed=config.seed,
+            first_agent=first + begin,
+            total_agents=everyone,
+            # What the end of other episodes looked like is nothing to learn from.
+            final_observations="truncated",
+        )
+        for begin in range(0, agents, half)
+    ]
+    torch.set_num_threads(threads)
+    return envs
 
 
 def check_perception(config: TrainConfig) -> None:

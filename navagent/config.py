@@ -36,6 +36,7 @@ GROUPS = (
     "memory",
     "algorithm",
     "imitation",
+    "speed",
     "experiment",
 )
 """The groups of ``configs/``, one option of each in force."""
@@ -378,6 +379,27 @@ class DistributedConfig:
 
 
 @dataclass
+class SpeedConfig:
+    """Faster ways to the same; what a device lacks is said and left out."""
+
+    overlap: bool = setting(
+        False, "agents act in two halves: one is simulated while the policy looks at the other"
+    )
+    precision: str = setting(
+        "float32",
+        "precision of convolutions and matrix products; bfloat16 rounds them to 8 bits",
+        choices=("float32", "bfloat16"),
+    )
+    channels_last: bool = setting(False, "lay images out in memory as fast convolutions want them")
+    compile: str = setting(
+        "none",
+        "torch.compile's mode for the features extractor; reduce-overhead replays CUDA graphs",
+        choices=("none", "default", "reduce-overhead", "max-autotune"),
+    )
+    tf32: bool = setting(False, "let CUDA devices round the factors of float32 products to 10 bits")
+
+
+@dataclass
 class TrainConfig:
     """Every setting of a training run."""
 
@@ -403,6 +425,7 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
 
 
 @dataclass(frozen=True)
@@ -623,6 +646,10 @@ def _check_together(config: TrainConfig) -> None:
             raise ConfigError(
                 f"algorithm.{name} looks at two steps at least: use algorithm.num_steps=2 or more"
             )
+    if config.speed.overlap and algorithm.num_envs < 2:
+        raise ConfigError(
+            "speed.overlap=true needs two halves of agents: expected algorithm.num_envs=2 or more, not 1"
+        )
     words: tuple[str, ...]
     device = config.device
     if device not in ("auto", "cpu", "cuda") and not (device.startswith("cuda:") and device[5:].isdigit()):

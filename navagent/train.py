@@ -24,6 +24,7 @@ from navagent.build import (
     cameras,
     check_perception,
     load_split,
+    make_training_envs,
     make_vector_env,
     policy_settings,
     share_of_scenes,
@@ -32,6 +33,7 @@ from navagent.build import (
 from navagent.config import AlgorithmConfig, ConfigError, TrainConfig, started_run, to_yaml
 from navagent.distributed import Launch, RankLostError, Ranks, joined
 from navagent.learning.auxiliary import AuxiliaryConfig
+from navagent.learning.fast_paths import CompileMode, FastPaths
 from navagent.learning.imitation import ImitationConfig, MixingSchedule
 from navagent.learning.imitator import Imitator
 from navagent.learning.nonfinite import NonFinite
@@ -141,6 +143,8 @@ def _train(
         if ranks.first:
             # A resumed run may have other settings, such as a longer budget, and its folder says so.
             run.write_config(to_yaml(dataclasses.replace(config, resume=None)))
+    for message in wished_fast_paths(config).available(model.device)[1]:
+        console.print(f"speed.{message}")
     console.print(plan(config, run, model, train_split, val_split, memory))
     trainer.train()
     if stop.number is None:
@@ -209,14 +213,14 @@ def make_model(
 
     algorithm = config.algorithm
     ranks = ranks or Ranks()
+    device = training_device(config.device)
+    fast_paths, _ = wished_fast_paths(config).available(device)
     # The environment's seed differs from the policy's by name only: each has a generator of its own.
-    env = make_vector_env(
-        config, split.episodes, split.scenes, algorithm.num_envs, seed=config.seed, ranks=ranks
-    )
+    envs = make_training_envs(config, split.episodes, split.scenes, ranks)
     learner, settings = learning_settings(config)
     return learner(
         NavigationPolicy,
-        SB3VecEnv(env),
+        SB3VecEnv(*envs),
         learning_rate=learning_rate(algorithm, ranks.size),
         n_steps=algorithm.num_steps,
         n_minibatches=algorithm.num_minibatches,
@@ -234,10 +238,22 @@ def make_model(
         imitation=teaching(config, ranks.size),
         ranks=ranks,
         sync_frac=config.distributed.sync_frac,
+        fast_paths=fast_paths,
         policy_kwargs=policy_settings(config, restored),
         seed=config.seed,
-        device=training_device(config.device),
+        device=device,
         **settings,
+    )
+
+
+def wished_fast_paths(config: TrainConfig) -> FastPaths:
+    """How the settings want the policy computed, whether or not the device can."""
+    speed = config.speed
+    return FastPaths(
+        precision=getattr(torch, speed.precision),
+        channels_last=speed.channels_last,
+        compile=cast(CompileMode, speed.compile),
+        tf32=speed.tf32,
     )
 
 

@@ -186,12 +186,13 @@ class NavigationPolicy(ActorCriticPolicy):
         """
         stored = self.frozen_features(obs) if frozen is None else dict(frozen)
         features = self.features_extractor(obs, stored)
-        hidden, memory = self.memory.step(features, memory, episode_starts)
-        logits = self.action_net(hidden)
-        log_probs = torch.log_softmax(logits.float(), dim=1)
+        hidden, next_memory = self.memory.step(features, memory, episode_starts)
+        logits = self.action_net(hidden).float()
+        log_probs = torch.log_softmax(logits, dim=1)
         drawn = log_probs.argmax(dim=1) if deterministic else torch.multinomial(log_probs.exp(), 1)[:, 0]
         values = self.value_net(hidden)[:, 0].float()
-        return drawn, values, log_probs.gather(1, drawn[:, None])[:, 0], memory, stored, logits
+        taken = log_probs.gather(1, drawn[:, None])[:, 0]
+        return drawn, values, taken, next_memory.to(memory.dtype), stored, logits
 
     def evaluate_sequences(
         self,
@@ -244,8 +245,8 @@ class NavigationPolicy(ActorCriticPolicy):
         self, hidden: Tensor, actions: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """What :meth:`evaluate_sequences` answers, of the memory's output (T, B, H) and actions (T, B)."""
-        logits = self.action_net(hidden)
-        log_probs = torch.log_softmax(logits.float(), dim=2)
+        logits = self.action_net(hidden).float()
+        log_probs = torch.log_softmax(logits, dim=2)
         entropy = -(log_probs.exp() * log_probs).sum(dim=2)
         taken = None if actions is None else log_probs.gather(2, actions.long()[..., None])[..., 0]
         return self.value_net(hidden)[..., 0].float(), taken, entropy, logits

@@ -10,7 +10,7 @@ import random
 import time
 from collections import defaultdict, deque
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,6 +23,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from navagent.distributed import RankLostError, Ranks, Stragglers
+from navagent.learning.fast_paths import FastPaths
 from navagent.learning.groups import AgentGroup, Decision, agent_groups, join_decisions, join_results
 from navagent.learning.imitation import Anchor, ExpertMixture, ImitationConfig
 from navagent.learning.nonfinite import FiniteGuard, NonFinite
@@ -62,6 +63,8 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
     """Steps of every environment that are kept to learn from again; 0 for none."""
     nonfinite: NonFinite
     """What to do about numbers that are not finite."""
+    fast_paths: FastPaths
+    """How the policy is computed."""
 
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
@@ -91,6 +94,7 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
             self.observation_space, self.action_space, self.lr_schedule, **self.policy_kwargs
         ).to(self.device)
         self.ranks.copy_from_first(self.policy)
+        self.fast_paths.prepare(self.policy, self.device)
         self.generator = torch.Generator().manual_seed(0 if self.seed is None else self.seed)
         """Draws the order of environments in minibatches and who acts while imitating."""
         assert isinstance(self.action_space, spaces.Discrete)
@@ -250,18 +254,18 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         self._tell_whereabouts()
         self.stragglers.begin()
         rewards = dones = None
-        for result in (steps := self._steps(n_rollout_steps, imitating)):
-            lived.append((result.rewards, result.dones, result.episodes))
-            # As if every rank were as far; it is counted exactly when the rollout is over.
-            self.num_timesteps += self.n_envs * self.ranks.size
-            if self.ranks.size == 1:
-                self._remember(result.episodes)
-            rewards, dones = result.rewards, result.dones
-            infos = [{"episode": episode} for episode in result.episodes]
-            callback.update_locals(locals())
-            if not callback.on_step():
-                steps.close()
-                return False
+        with self._shared_cores(), closing(self._steps(n_rollout_steps, imitating)) as steps:
+            for result in steps:
+                lived.append((result.rewards, result.dones, result.episodes))
+                # As if every rank were as far; it is counted exactly when the rollout is over.
+                self.num_timesteps += self.n_envs * self.ranks.size
+                if self.ranks.size == 1:
+                    self._remember(result.episodes)
+                rewards, dones = result.rewards, result.dones
+                infos = [{"episode": episode} for episode in result.episodes]
+                callback.update_locals(locals())
+                if not callback.on_step():
+                    return False
         observations: Any = self._last_obs
         starts: Any = self._last_episode_starts
         with self._stage("policy"):
@@ -282,6 +286,17 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
+
+    @contextmanager
+    def _shared_cores(self) -> Iterator[None]:
+        """Leaves half of the threads to the simulator, where it works beside the policy on a CPU."""
+        threads = torch.get_num_threads()
+        if len(self._groups) > 1 and self.device.type == "cpu":
+            torch.set_num_threads(max(1, threads // 2))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
     def _steps(self, count: int, imitating: bool) -> Generator[StepResult, None, None]:
         """Does ``count`` steps and stores each in the rollout; fewer where the other ranks are done and wait.
@@ -364,7 +379,7 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         """What the agents of a group do next, after ``frames`` frames."""
         policy: Any = self.policy
         reference = None
-        with self._stage("policy"), torch.inference_mode():
+        with self._stage("policy"), torch.inference_mode(), self.fast_paths.autocast(self.device):
             actions, values, log_probs, next_memory, frozen, logits = policy.act(
                 observations, memory, starts, deterministic=noise is not None
             )
@@ -497,7 +512,7 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
     def _values(self, observations: dict[str, Tensor], memory: Tensor, starts: Tensor) -> Tensor:
         """The critic's estimates (M,) before a step."""
         policy: Any = self.policy
-        with torch.inference_mode():
+        with torch.inference_mode(), self.fast_paths.autocast(self.device):
             answer = policy.act(observations, memory, starts, deterministic=True)
         return answer[1].clone()
 
@@ -618,7 +633,7 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         if names and "reward_sum" not in names:
             self.logger.record("rollout/reward_sum", sum(names["r"]) / len(names["r"]))
         if self.nonfinite == "skip":
-            for name, count in self.guard.state_dict().items():
+            for name, count in self.guard.counts(self.ranks).items():
                 self.logger.record(f"nonfinite/{name}", count)
         self.logger.dump(step=self.num_timesteps)
 

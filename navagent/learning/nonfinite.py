@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from navagent.distributed import Ranks
 from navagent.learning.rollout import SequenceBatch, StepResult
 from navagent.runs import write_checkpoint
 
@@ -124,8 +125,16 @@ class FiniteGuard:
             return f"; what it was could not be saved ({error.strerror})"
         return f"; what it was is in {path}, for navagent.runs.read_checkpoint"
 
+    def counts(self, ranks: Ranks) -> dict[str, int]:
+        """The counts over all ``ranks``, which ask together.
+
+        They leave out the same minibatches, but each has observations of its own.
+        """
+        replaced = ranks.sum(torch.tensor(self.replaced_observations))
+        return self.state_dict() | {"replaced_observations": int(replaced)}
+
     def state_dict(self) -> dict[str, Any]:
-        """The counts."""
+        """The counts of this process."""
         return {
             "skipped_minibatches": self.skipped_minibatches,
             "replaced_observations": self.replaced_observations,

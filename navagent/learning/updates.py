@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from navagent.distributed import Ranks
 from navagent.learning.algorithm import SequenceAlgorithm
 from navagent.learning.auxiliary import AuxiliaryConfig, AuxiliaryLosses
+from navagent.learning.fast_paths import FastPaths
 from navagent.learning.imitation import ImitationConfig, imitation_objective
 from navagent.learning.nonfinite import NonFinite
 from navagent.learning.rollout import SequenceBatch
@@ -58,6 +59,7 @@ class SequenceLearner(SequenceAlgorithm):
         imitation: ImitationConfig | None = None,
         ranks: Ranks | None = None,
         sync_frac: float = 0.6,
+        fast_paths: FastPaths | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -86,6 +88,7 @@ class SequenceLearner(SequenceAlgorithm):
             imitation: The expert's part; None for none.
             ranks: The processes that learn together, each with environments of its own; this one if None.
             sync_frac: When this share of the ranks has its rollout, the others stop theirs early.
+            fast_paths: Faster ways to compute the policy; None for none.
         """
         self.n_minibatches = n_minibatches
         self.n_epochs = n_epochs
@@ -98,6 +101,7 @@ class SequenceLearner(SequenceAlgorithm):
         self.imitation = imitation or ImitationConfig()
         self.ranks = ranks or Ranks()
         self.sync_frac = sync_frac
+        self.fast_paths = fast_paths or FastPaths()
         super().__init__(
             policy,
             env,
@@ -258,19 +262,25 @@ class SequenceLearner(SequenceAlgorithm):
     def _evaluate(self, batch: SequenceBatch) -> tuple[Evaluation, Tensor | float, dict[str, Tensor]]:
         """What the policy says of a minibatch, the auxiliary losses of it, and what to log of them."""
         policy: Any = self.policy
+        autocast = self.fast_paths.autocast(self.device)
         if self.auxiliary is None:
-            evaluation = policy.evaluate_sequences(
-                batch.observations, batch.actions, batch.memory, batch.episode_starts, batch.frozen
-            )
+            with autocast:
+                evaluation = policy.evaluate_sequences(
+                    batch.observations, batch.actions, batch.memory, batch.episode_starts, batch.frozen
+                )
             return evaluation, 0.0, {}
-        features, hidden = policy.sequence_features(
-            batch.observations, batch.memory, batch.episode_starts, batch.frozen
-        )
+        with autocast:
+            features, hidden = policy.sequence_features(
+                batch.observations, batch.memory, batch.episode_starts, batch.frozen
+            )
+            evaluation = policy.evaluate_hidden(hidden, batch.actions)
         # A generator of its own: ranks whose minibatches differ draw differently often.
         seed = torch.randint(2**62, (), generator=self.generator).item()
         generator = torch.Generator().manual_seed(int(seed) + self.ranks.rank)
-        loss, record = self.auxiliary(features, hidden, batch.actions, batch.episode_starts, generator)
-        return policy.evaluate_hidden(hidden, batch.actions), loss, record
+        loss, record = self.auxiliary(
+            features.float(), hidden.float(), batch.actions, batch.episode_starts, generator
+        )
+        return evaluation, loss, record
 
     def _log_update(self, records: dict[str, list[Tensor]]) -> None:
         policy: Any = self.policy

@@ -108,4 +108,4 @@ def make_adaptation(
     config = method.config_class(**options)
     if restored:
         return method.to_restore(config, base or make_encoder(config.encoder, config.channels, "random"))
-    return method(config, base)  # type: ignore[call-arg]
+    return method(config, base)  # type: ignore[call-arg,arg-type]

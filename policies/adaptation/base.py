@@ -137,7 +137,7 @@ class Adaptation(nn.Module, ABC):
     base: FrozenEncoder
     """The frozen encoder; absent where the method has none."""
 
-    def __init__(self, config: AdaptationConfig, restored: bool = False) -> None:
+    def __init__(self, config: AdaptationConfig, *, restored: bool = False) -> None:
         super().__init__()
         self.config = config
         # Whether all weights are still to come from a saved state.
@@ -156,7 +156,7 @@ class Adaptation(nn.Module, ABC):
             config: the settings.
             base: a network of the base's design, whatever its weights.
         """
-        return cls(config, base)  # type: ignore[call-arg]
+        return cls(config, base)  # type: ignore[call-arg,arg-type]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

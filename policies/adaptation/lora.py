@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from policies.adaptation.base import DEFAULT_TASK, Adaptation, AdaptationConfig, FrozenEncoder
+from policies.adaptation.substitution import own_weight
 from policies.encoders import Encoder
 from policies.names import nearest
 
@@ -113,7 +114,7 @@ class LoRAAdapter(nn.Module):
         for name in settings.target_modules or ():
             layer = network.get_submodule(name)
             # PEFT asks the parameters for their device; as buffers, the frozen weights would not answer.
-            weight = layer.get_buffer("weight")
+            weight = own_weight(network, f"{name}.weight", "LoRA")
             del layer.weight
             layer.weight = nn.Parameter(weight, requires_grad=False)
         self.network = inject_adapter_in_model(settings, network, adapter_name="lora")

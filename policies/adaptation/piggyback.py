@@ -1,9 +1,9 @@
 """Piggyback (Mallya et al., ECCV 2018, arXiv:1801.06519): a task is a binary mask over frozen weights.
 
-Beside every weight W of the base's convolutions and linear layers stands a real score; the layer computes
-with W * m, where m is 1 where the score is above a threshold and 0 elsewhere. The gradient passes the
-threshold as if it were not there: d score = d(W * m) * W (section 3 of the paper). Biases stay frozen, and a
-finished task is stored as one bit a weight.
+Beside every weight W of the base's convolutions and linear layers, those of torch's attention included,
+stands a real score; the layer computes with W * m, where m is 1 where the score is above a threshold and 0
+elsewhere. The gradient passes the threshold as if it were not there: d score = d(W * m) * W (section 3 of the
+paper). Biases stay frozen, and a finished task is stored as one bit a weight.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class MaskAdapter(nn.Module):
             if config.normalisation == "frozen"
             else TaskNormalisation(encoder, config.normalisation == "statistics")
         )
-        for name, weight in layer_weights(encoder).items():
+        for name, weight in layer_weights(encoder, "Piggyback").items():
             score = torch.full_like(weight, config.kept_score(weight))
             if config.mask_init == "uniform":
                 score.uniform_(-config.mask_scale, config.mask_scale)
@@ -183,7 +183,7 @@ class Piggyback(Adaptation):
     config: PiggybackConfig
 
     def __init__(self, config: PiggybackConfig, base: Encoder | None = None, restored: bool = False) -> None:
-        super().__init__(config, restored)
+        super().__init__(config, restored=restored)
         self.base = FrozenEncoder(base or config.make_encoder())
         self.start_task(DEFAULT_TASK)
 
@@ -199,7 +199,7 @@ class Piggyback(Adaptation):
         Raises:
             ValueError: if a layer would start without any of its weights.
         """
-        for name, weight in layer_weights(self.base.encoder).items():
+        for name, weight in layer_weights(self.base.encoder, "Piggyback").items():
             score = self.config.kept_score(weight)
             if not (self._restored or score > self.config.threshold):
                 raise ValueError(

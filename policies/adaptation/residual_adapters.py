@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from policies.adaptation.base import DEFAULT_TASK, Adaptation, AdaptationConfig, FrozenEncoder
 from policies.adaptation.layout import PROBE
-from policies.adaptation.substitution import TaskNormalisation, call_with, dotted, slot
+from policies.adaptation.substitution import TaskNormalisation, call_with, dotted, own_weight, slot
 from policies.encoders import Encoder
 
 
@@ -152,7 +152,8 @@ def spatial_convolutions(encoder: Encoder) -> dict[str, nn.Conv2d]:
     """Convolutions whose windows overlap, by dotted name; a vision transformer's patches do not.
 
     Raises:
-        ValueError: if there are none, or one is divided into groups, which a 1x1 convolution would mix.
+        ValueError: if there are none, one is divided into groups, which a 1x1 convolution would mix, or one
+            computes its weight from other tensors.
     """
     found = {
         name: module
@@ -166,6 +167,7 @@ def spatial_convolutions(encoder: Encoder) -> dict[str, nn.Conv2d]:
             "convolutional network, or 'lora'"
         )
     for name, conv in found.items():
+        own_weight(encoder, f"{name}.weight", "residual adapters")
         if conv.groups != 1:
             raise ValueError(
                 f"residual adapters: convolution {name!r} of encoder {encoder.name!r} has {conv.groups} "

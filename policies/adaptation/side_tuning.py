@@ -193,7 +193,7 @@ class SideTuning(Adaptation):
         side: Encoder | None = None,
         restored: bool = False,
     ) -> None:
-        super().__init__(config, restored)
+        super().__init__(config, restored=restored)
         if side is not None and (config.side_encoder is not None or config.fusion == "base"):
             taken = "fusion 'base'" if config.fusion == "base" else f"side_encoder {config.side_encoder!r}"
             raise ValueError(f"a side network was given, and {taken} besides; leave out one of them")

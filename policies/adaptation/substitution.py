@@ -15,6 +15,7 @@ from torch.func import functional_call
 from policies.encoders import Encoder
 
 _NORMALISATION = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+_APART = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -28,13 +29,39 @@ def dotted(slot: str) -> str:
     return slot.replace("/", ".")
 
 
-def layer_weights(encoder: nn.Module) -> dict[str, Tensor]:
-    """Weights of all convolutions and linear layers, by dotted name, (outputs, inputs, ...)."""
-    return {
-        f"{name}.weight": module.weight
-        for name, module in encoder.named_modules()
-        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
-    }
+def own_weight(encoder: Encoder, name: str, method: str) -> Tensor:
+    """A layer's weight by dotted name, if it is a tensor that another can be put in the place of.
+
+    Raises:
+        ValueError: if the layer computes it from others.
+    """
+    layer, _, weight = name.rpartition(".")
+    module = encoder.get_submodule(layer)
+    found = {**module._parameters, **module._buffers}.get(weight)
+    if found is None:
+        raise ValueError(
+            f"{method}: layer {layer!r} of encoder {encoder.name!r} computes its {weight} from other "
+            "tensors, as weight_norm does; make it a plain one first, by "
+            "torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.remove_weight_norm"
+        )
+    return found
+
+
+def layer_weights(encoder: Encoder, method: str) -> dict[str, Tensor]:
+    """Weights of convolutions, linear layers and torch's attention, by dotted name, (outputs, inputs, ...).
+
+    Raises:
+        ValueError: naming the ``method`` and the layer that computes its weight from other tensors.
+    """
+    names = []
+    for layer, module in encoder.named_modules():
+        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+            names.append(f"{layer}.weight")
+        elif isinstance(module, nn.MultiheadAttention):
+            # One matrix for queries, keys and values, or three where their inputs differ in width.
+            joined = ("in_proj_weight",) if module.in_proj_weight is not None else _APART
+            names += [f"{layer}.{weight}" for weight in joined]
+    return {name: own_weight(encoder, name, method) for name in names}
 
 
 class TaskNormalisation(nn.Module):
@@ -87,7 +114,8 @@ def call_with(
     own = {} if normalisation is None else normalisation.tensors()
     by_batch = normalisation is not None and normalisation.statistics and normalisation.training
     with _batch_statistics(encoder) if by_batch else nullcontext():
-        return functional_call(encoder, {**tensors, **own}, (pixels,))
+        # Layers that share a weight have replacements of their own.
+        return functional_call(encoder, {**tensors, **own}, (pixels,), tie_weights=False)
 
 
 @contextmanager

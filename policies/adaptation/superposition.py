@@ -101,7 +101,16 @@ class ContextAdapter(nn.Module):
     def __init__(self, config: SuperpositionConfig, encoder: Encoder, index: int) -> None:
         super().__init__()
         self._kind = config.context
-        self._inputs = {slot(name): weight[0].numel() for name, weight in layer_weights(encoder).items()}
+        weights = layer_weights(encoder, "superposition")
+        for name in weights:
+            layer = encoder.get_submodule(name.rpartition(".")[0])
+            if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+                raise ValueError(
+                    f"superposition: layer {name.rpartition('.')[0]!r} of encoder {encoder.name!r} is a "
+                    "transposed convolution, whose weight holds inputs before outputs; expected convolutions "
+                    "and linear layers"
+                )
+        self._inputs = {slot(name): weight[0].numel() for name, weight in weights.items()}
         self.register_buffer("key", torch.tensor([config.context_seed, index]))
         self._draw(config.context_seed, index)
         self.normalisation = (

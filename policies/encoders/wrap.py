@@ -204,9 +204,10 @@ def wrap_encoder(
         initialise: draws fresh random weights for the network; default as :meth:`Encoder.initialise`.
 
     Raises:
-        ValueError: for a shape that features cannot have, a block that is not there, or a stem or neck
-            without blocks. For features of another shape than was declared, or blocks that are not the whole
-            network: at once where the input's size is fixed, else when the encoder is first used.
+        ValueError: for a shape that features cannot have, a block that is not there, a stem or neck
+            without blocks, or a network that cannot be copied. For features of another shape than was
+            declared, or blocks that are not the whole network: at once where the input's size is fixed, else
+            when the encoder is first used.
     """
     if len(output_shape) not in _KINDS or any(n is not None and n < 1 for n in output_shape):
         raise ValueError(f"output shape {tuple(output_shape)}: expected {', '.join(_KINDS.values())}")
@@ -219,6 +220,13 @@ def wrap_encoder(
             )
     if not blocks and (stem is not None or neck is not None):
         raise ValueError("a stem or neck was given without blocks; name the blocks")
+    for place, part in names.items():
+        if any(isinstance(value, Tensor) and not value.is_leaf for value in vars(part).values()):
+            raise ValueError(
+                f"module {place!r} of {type(module).__name__} keeps a weight that it has computed, as the "
+                "old torch.nn.utils.weight_norm does, and cannot be copied; use "
+                "torch.nn.utils.remove_weight_norm, or torch.nn.utils.parametrizations.weight_norm instead"
+            )
     spec = input_spec or InputSpec()
     name = name or type(module).__name__
     encoder: WrappedEncoder

@@ -64,7 +64,7 @@ def _train(arguments: Sequence[str]) -> int:
         navagent bench train --quick
         navagent bench train --scene apartment.glb --agents 4,16,64
         navagent bench train --networks sidetune_resnet44 --contestants navagent,uncached
-        navagent bench train --variant "one thread: num_threads=1" --contestants navagent
+        navagent bench train --variant "fast: speed=fast" --networks simple_cnn_lstm
         navagent bench train --networks settings --contestants navagent --agents 32 sensors=rgbd
         """,
     )
@@ -139,6 +139,6 @@ def _variant(text: str) -> tuple[str, tuple[str, ...]]:
     words = tuple(shlex.split(settings))
     if not (colon and name.strip() and words and all("=" in word for word in words)):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a name, a colon and settings, such as 'one thread: num_threads=1'"
+            f"{text!r} is not a name, a colon and settings, such as 'fast: speed=fast'"
         )
     return name.strip(), words

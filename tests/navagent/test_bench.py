@@ -381,14 +381,16 @@ def test_bars_are_held_against_what_was_measured():
             result("navagent", [1.0], network="resnet18_lstm", frames=279),
             result("navagent", [1.0], network="sidetune_resnet44"),
             result("uncached", [1.9], network="sidetune_resnet44"),
-            result("fast", [0.1, 0.1, 0.1], frames=3000),
+            result("fast", [1.0, 0.5, 1.0], frames=3000),
+            result("fast", [0.1], network="sidetune_resnet44"),
             result("navagent", [], network="simple_cnn_gru", problem="out of memory"),
         ]
     )
-    assert [(row["least"], row["median"], row["reached"]) for row in found] == [
-        (280.0, 279.0, False),
-        (3.0, 3.5, True),
-        (1.8, 1.9, True),
+    assert [(row["least"], row["learner"], row["median"], row["reached"]) for row in found] == [
+        (280.0, "navagent", 279.0, False),
+        (3.0, "navagent", 3.5, True),
+        (3.0, "fast", 3.5, True),
+        (1.8, "navagent", 1.9, True),
     ]
     assert {bar.least for bar in BARS} == {1100.0, 280.0, 3.0, 1.8}
 
@@ -415,10 +417,8 @@ def test_tables_show_every_entry_and_why_one_is_missing(tmp_path):
     assert "| navagent | 75 | 50-100 | 25 | 25 | 40 | 10 | 1 | 3.00 |  |" in text
     assert "| sb3 | 25 | 25-25 | 25 | 25 | 40 | 10 | 1 |  |  |" in text
     assert "plain: MemoryError: no | more" in text
-    assert (
-        "| times sb3_contrib.RecurrentPPO, SimpleCNN and LSTM 512 | 4 | 3.00 | 3.00 | 2.00-4.00 | met |"
-        in text
-    )
+    bar = "times sb3_contrib.RecurrentPPO, SimpleCNN and LSTM 512"
+    assert f"| {bar} | navagent | 4 | 3.00 | 3.00 | 2.00-4.00 | met |" in text
     as_json, as_markdown = write(everything, facts, tmp_path)
     assert as_markdown.read_text() == text
     stored = json.loads(as_json.read_text())

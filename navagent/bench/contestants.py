@@ -23,7 +23,7 @@ from navagent.build import Split, make_vector_env, policy_settings, set_threads,
 from navagent.config import TrainConfig
 
 if TYPE_CHECKING:
-    from navagent.learning.ppo import PPO
+    from navagent.learning.updates import SequenceLearner
 
 STAGES = ("simulate", "expert", "policy", "update")
 """What the time of an update is split into; what is left is the rest."""
@@ -90,7 +90,7 @@ def uncached(config: TrainConfig, split: Split, turn: Turn) -> None:
     _navagent(make_uncached(config, split), turn)
 
 
-def make_uncached(config: TrainConfig, split: Split) -> PPO:
+def make_uncached(config: TrainConfig, split: Split) -> SequenceLearner:
     """A model that computes what a frozen encoder gives anew in every epoch, instead of storing it."""
     from navagent.train import make_model
 
@@ -100,7 +100,7 @@ def make_uncached(config: TrainConfig, split: Split) -> PPO:
     return model
 
 
-def _navagent(model: PPO, turn: Turn) -> None:
+def _navagent(model: SequenceLearner, turn: Turn) -> None:
     def ask() -> bool:
         seconds = dict(model.stage_seconds)
         model.stage_seconds.clear()

@@ -77,11 +77,9 @@ def export_minari(
     from minari.storage import get_dataset_path
 
     try:
-        namespace, _, version = parse_dataset_id(dataset_id)
-    except ValueError:
-        version = None
-    if version is None:
-        raise DemonstrationError(f"{dataset_id!r} is no name of a Minari data set; expected {_ID}")
+        namespace, _, _ = parse_dataset_id(dataset_id)
+    except (ValueError, TypeError):  # the latter where it has no version
+        raise DemonstrationError(f"{dataset_id!r} is no name of a Minari data set; expected {_ID}") from None
     folder = Path(get_dataset_path(dataset_id))
     if folder.exists():
         raise DemonstrationError(
@@ -204,9 +202,7 @@ def import_minari(
         raw = MinariStorage.read_raw_metadata(path)
         if not {"observation_space", "action_space"} <= set(raw):
             # Minari would make the environment that the file names, and so run whatever that is.
-            raise DemonstrationError(
-                f"{dataset_id}: does not say its spaces, and its environment is not made"
-            )
+            raise DemonstrationError(f"{dataset_id}: does not say what its spaces are")
         data = minari.MinariDataset(path)
     except DemonstrationError:
         raise

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from envs.episodes import Episode
 from envs.sampler import EpisodeSampler
-from envs.sensors import TASK_SENSORS
-from envs.vector_env import PREVIOUS_ACTION, camera_space
-from navagent.build import cameras, observation_names, training_device
+from envs.vector_env import PREVIOUS_ACTION
+from navagent.agent_spaces import observation_space
+from navagent.build import training_device
 from navagent.config import TrainConfig
 from navagent.demonstrations.arrays import open_arrays, read_about, writing
 from navagent.demonstrations.recorded import DemonstrationError
@@ -267,15 +267,8 @@ class StoredStream(DemonstrationStream):
 
 def _space(config: TrainConfig, sequences: StoredSequences) -> spaces.Dict:
     """The observation space of an agent of ``config``; refuses sequences that do not give it."""
-    wanted: dict[str, spaces.Space[Any]] = {}
-    seen = {camera.name: camera for camera in cameras(config)}
-    for name in observation_names(config):
-        if name in seen:
-            wanted[name] = camera_space(seen[name])
-        elif name in TASK_SENSORS:
-            wanted[name] = TASK_SENSORS[name][0]
-        else:
-            wanted[name] = spaces.Discrete(sequences.num_actions + 1)
+    wanted = dict(observation_space(config).spaces)
+    wanted[PREVIOUS_ACTION] = spaces.Discrete(sequences.num_actions + 1)
     for name, space in wanted.items():
         found = sequences.observations.get(name)
         if found is None and name == PREVIOUS_ACTION:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -34,6 +34,31 @@ def measures_line(record: Mapping[str, Any]) -> str:
         if value is not None:
             parts.append(f"{label} {value:.{digits}f}" + (" m" if name == "max_geodesic" else ""))
     return "  ".join(parts)
+
+
+AGENTS_LISTED = 16
+"""So many agents' episodes are told one by one."""
+
+
+def episodes_of(env: Any, first: int = 0) -> list[str]:
+    """Which episode each agent of a PointNav vector environment is in, as text.
+
+    Agents count from ``first``; those without an episode are left out.
+    """
+    episodes = env.sampler.episodes
+    return [
+        f"agent {agent}: {episodes[index].scene_id} episode {episodes[index].episode_id}"
+        for agent, index in enumerate(env.current_episodes(), first)
+        if index >= 0
+    ]
+
+
+def in_lines(place: str, agents: Sequence[str]) -> str:
+    """Where something happened: a place in the training or evaluation, and agents' episodes below it."""
+    listed = list(agents[:AGENTS_LISTED])
+    if len(agents) > len(listed):
+        listed.append(f"and {len(agents) - len(listed):,} more")
+    return "\n  ".join([f"{place}, with its agents in", *listed])
 
 
 class TrainingProgress:

@@ -505,6 +505,9 @@ class Trainer(BaseCallback):
         results: list[EpisodeResult] = []
         with contextlib.suppress(Stopped, KeyboardInterrupt), self.stop.at_once():
             results = self._measure()
+        if self.stop.number in URGENT:
+            # Else they would evaluate to the end, and this process wait for them.
+            self.ranks.hand_on(self.stop.number)
         if self._agreed_to_stop():
             return
         results = gathered(results, self.ranks)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -13,9 +14,10 @@ from numpy.typing import NDArray
 
 from envs.episodes import Episode
 from envs.vector_env import PointNavVectorEnv
-from navagent.distributed import Ranks
+from navagent.distributed import RankLostError, Ranks
 from navagent.evaluation.agents import Agent
 from navagent.evaluation.results import EpisodeResult
+from navagent.progress import episodes_of, in_lines
 
 
 def evaluate_agent(
@@ -49,7 +51,7 @@ def evaluate_agent(
         )
     episodes = env.sampler.episodes
     results: dict[int, EpisodeResult] = {}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _located(env, agent, results):
         # Seeded, so that noise does not depend on what was evaluated before.
         observations, _ = env.reset(seed=seed)
         agent.begin(env, seed)
@@ -97,6 +99,19 @@ def evaluate_agent(
             if progress is not None:
                 progress(len(results), len(episodes))
     return [results[index] for index in range(len(episodes))]
+
+
+@contextmanager
+def _located(env: PointNavVectorEnv, agent: Agent, results: Sized) -> Iterator[None]:
+    """Lets an unforeseen error say where the agents were."""
+    try:
+        yield
+    except RankLostError:
+        raise
+    except Exception as error:
+        place = f"the evaluation of {agent.name!r} broke off after {len(results):,} episodes"
+        error.add_note(in_lines(place, episodes_of(env)))
+        raise
 
 
 def gathered(results: Sequence[EpisodeResult], ranks: Ranks) -> list[EpisodeResult]:

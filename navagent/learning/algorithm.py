@@ -30,10 +30,8 @@ from navagent.learning.nonfinite import FiniteGuard, NonFinite
 from navagent.learning.normalise import Moments, ReturnNormaliser
 from navagent.learning.replay import Replay
 from navagent.learning.rollout import SequenceBuffer, StepResult, tensor_envs
+from navagent.progress import episodes_of, in_lines
 from navagent.runs import RunError
-
-_AGENTS_LISTED = 16
-"""So many agents' whereabouts are told one by one."""
 
 _POLICY_METHODS = ("initial_memory", "act", "evaluate_sequences", "penalty", "metrics", "set_progress")
 
@@ -315,9 +313,6 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         frames = self.num_timesteps
         try:
             while True:
-                going_on = begun < count and not self.stragglers.must_stop(begun)
-                if going_on:
-                    noise = self._draw_step(imitating)
                 for index, group in enumerate(groups):
                     if group.busy:
                         decision, result = group.end(self._stage)
@@ -328,6 +323,11 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
                     if len(ended) == len(groups):
                         yield self._store(ended)
                         ended = []
+                    if group is groups[0]:
+                        # Asked when its step is done: the other ranks may have waited for that one.
+                        going_on = begun < count and not self.stragglers.must_stop(begun)
+                        if going_on:
+                            noise = self._draw_step(imitating)
                     if going_on:
                         own_noise = None if noise is None else noise[group.envs]
                         where = here[index], memories[index], starts[index]
@@ -482,16 +482,8 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
             env: Any = getattr(group.env, "env", None)
             if not hasattr(env, "current_episodes"):
                 return place
-            agents += [
-                f"agent {agent}: {env.sampler.episodes[episode].scene_id} episode "
-                f"{env.sampler.episodes[episode].episode_id}"
-                for agent, episode in enumerate(env.current_episodes(), group.envs.start)
-                if episode >= 0
-            ]
-        listed = agents[:_AGENTS_LISTED]
-        if len(agents) > len(listed):
-            listed.append(f"and {len(agents) - len(listed):,} more")
-        return "\n  ".join([f"{place}, with its agents in", *listed])
+            agents += episodes_of(env, group.envs.start)
+        return in_lines(place, agents)
 
     def _tell_whereabouts(self) -> None:
         if self.ranks.size > 1:

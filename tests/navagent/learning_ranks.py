@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -20,7 +21,7 @@ from torch import nn
 from navagent import distributed, preemption
 from navagent import train as training
 from navagent.build import Split
-from navagent.config import EvaluationConfig, TrainConfig, to_yaml
+from navagent.config import CheckpointConfig, EvaluationConfig, TrainConfig, to_yaml
 from navagent.distributed import JoinedRanks, Ranks, joined
 from navagent.learning.imitation import ImitationConfig
 from navagent.learning.ppo import PPO
@@ -211,24 +212,26 @@ def refuse(ranks, state, **settings):
 
 
 class WaitingWorld(NumberedWorld):
-    """At its nth step it is slower than the other rank."""
+    """At its nth step rank 1 waits for the other to be done, which waits at its last step for this."""
 
     ranks: JoinedRanks
     waits: int
 
     def step(self, actions):
         answer = super().step(actions)
-        if self.clock == self.waits:
-            while self.ranks.store.add("rollout/1", 0) < 1:
+        store = self.ranks.store
+        if self.ranks.rank == 0 and self.clock == 8:
+            store.wait(["behind"])
+        elif self.ranks.rank == 1 and self.clock == self.waits:
+            store.set("behind", "")
+            while store.add("rollout/1", 0) < 1:
                 time.sleep(0.01)
         return answer
 
 
 def fall_behind(ranks, waits):
     """One update on rollouts of two lengths: all that it learned from, and what came of it."""
-    world = NumberedWorld
-    if ranks.rank == 1:
-        world = type("Slow", (WaitingWorld,), {"ranks": ranks, "waits": waits})
+    world = type("World", (WaitingWorld,), {"ranks": ranks, "waits": waits})
     model = make(ranks, world=world, sync_frac=0.5, n_minibatches=1, n_epochs=1)
     before = parameters(model)
     numbers = Numbers()
@@ -267,6 +270,25 @@ def blow(ranks, mode):
     model.set_logger(Logger(None, [Numbers()]))
     model.learn(1)
     return {"skipped": model.guard.skipped_minibatches, "last": parameters(model)}
+
+
+class HoleyWorld(NumberedWorld):
+    """After its third step rank 1 sees numbers that are none."""
+
+    def observations(self):
+        seen = super().observations()
+        if self.clock == 3 and self.numbers[0] > 0:
+            seen["offset"][:, 0] = float("nan")
+        return seen
+
+
+def look_through_holes(ranks):
+    model = make(ranks, world=HoleyWorld, nonfinite="skip")
+    numbers = Numbers()
+    model.set_logger(Logger(None, [numbers]))
+    model.learn(1)
+    own = model.guard.replaced_observations
+    return {"own": own, "logged": numbers.written[0]["nonfinite/replaced_observations"]}
 
 
 class BreakingWorld(NumberedWorld):
@@ -367,6 +389,16 @@ class SlowWorld(NumberedWorld):
         return super().step(actions)
 
 
+def trainer_in(ranks, folder, stop, config, kind=Trainer, **settings):
+    """What trains the toy agents of all ranks in a run's folder."""
+    path = ""
+    if ranks.first:
+        path = str(Run.create(folder / "run", to_yaml(config)).path)
+    run = Run(ranks.broadcast(path))
+    model = make(ranks, n_steps=16, **settings)
+    return kind(config, run, model, Split("val", (), {}), Console(quiet=True), stop)
+
+
 def train_slowly(ranks, folder):
     """A training whose updates take so long that a signal does not wait for their end."""
     preemption.PATIENCE_SECONDS = 0.5
@@ -374,12 +406,62 @@ def train_slowly(ranks, folder):
     config = TrainConfig(evaluation=EvaluationConfig(every_frames=0))
     config.algorithm.total_frames = 10**9
     with StopSignals(print) as stop:
-        path = ""
-        if ranks.first:
-            path = str(Run.create(folder / "run", to_yaml(config)).path)
-        run = Run(ranks.broadcast(path))
-        model = make(ranks, world=SlowWorld, n_steps=16)
-        trainer = Trainer(config, run, model, Split("val", (), {}), Console(quiet=True), stop)
+        trainer = trainer_in(ranks, folder, stop, config, world=SlowWorld)
         trainer.train()
         assert trainer.given_up
         raise stop.error()
+
+
+class Examiner(Trainer):
+    """Its evaluations take ten minutes."""
+
+    def _measure(self):
+        (self.run.path / f"evaluating{self.ranks.rank}").touch()
+        for _ in range(6000):
+            time.sleep(0.1)
+            self.ranks.check()
+        return []
+
+
+def examine(ranks, folder):
+    """A training whose evaluation is waited for by nobody who gets a signal."""
+    config = TrainConfig(evaluation=EvaluationConfig(every_frames=64))
+    config.algorithm.total_frames = 10**9
+    with StopSignals(print) as stop:
+        trainer_in(ranks, folder, stop, config, Examiner).train()
+        raise stop.error()
+
+
+def save_on_a_full_disk(ranks, folder, refusals, minutes):
+    """The disk takes nothing for some checkpoints after the first; gives up after so many minutes of that."""
+    training.UNSAVED_MINUTES = minutes
+    save, tried = Run.save_checkpoint, []
+
+    def save_checkpoint(run, *arguments):
+        tried.append(run)
+        if 1 < len(tried) <= 1 + refusals:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return save(run, *arguments)
+
+    Run.save_checkpoint = save_checkpoint
+    config = TrainConfig(
+        evaluation=EvaluationConfig(every_frames=0), checkpoint=CheckpointConfig(every_minutes=1e-9)
+    )
+    config.algorithm.total_frames = 5 * 64
+    trainer = trainer_in(ranks, folder, StopSignals(print), config)
+    trainer.train()
+    return {"frames": trainer.model.num_timesteps, "saved": trainer.saved_frames}
+
+
+def work_under_torchrun(work, folder):
+    """What torchrun's processes do when a test starts them."""
+    torch.set_num_threads(1)
+    with joined(lambda: torch.device("cpu")) as ranks:
+        if work == "train slowly":
+            train_slowly(ranks, Path(folder))
+        else:
+            come_to_grief(ranks, how="raise")
+
+
+if __name__ == "__main__":
+    work_under_torchrun(*sys.argv[1:])

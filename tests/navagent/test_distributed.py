@@ -24,6 +24,7 @@ from navagent.build import Split, set_threads, share_of_scenes
 from navagent.cli import main
 from navagent.config import ConfigError, TrainConfig, load_config
 from navagent.distributed import Launch, Ranks, Stragglers
+from navagent.evaluation.results import read_results
 from navagent.learning.rollout import generalized_advantages
 from navagent.memory_estimate import own_part
 from navagent.preemption import REQUEUE_STATUS
@@ -280,6 +281,25 @@ def test_ranks_skip_the_same_minibatches_and_stop_at_the_same_one(together):
     assert len(tracebacks) == 1, "what all find at once is said once"
 
 
+def test_observations_that_one_rank_replaced_are_counted_for_all(together):
+    answers = together(learning_ranks.look_through_holes).answers()
+    assert [answer["own"] for answer in answers] == [0, 2]
+    assert [answer["logged"] for answer in answers] == [2, 2]
+
+
+def test_all_go_on_where_the_disk_is_full_for_a_while_and_end_where_it_stays_full(together, tmp_path):
+    for name in ("while", "good"):
+        (tmp_path / name).mkdir()
+    saving = together(learning_ranks.save_on_a_full_disk, folder=tmp_path / "while", refusals=3, minutes=60)
+    ending = together(learning_ranks.save_on_a_full_disk, folder=tmp_path / "good", refusals=9, minutes=0)
+    assert saving.answers() == [{"frames": 320, "saved": 320}] * 2
+    assert Run(tmp_path / "while" / "run").load_checkpoint("latest")["frames"] == 320
+    assert ending.statuses() == [1, 1]
+    for rank in (0, 1):
+        assert "the checkpoint of 64 frames cannot be written: No space left" in ending.said(rank)
+    assert Run(tmp_path / "good" / "run").load_checkpoint("latest")["frames"] == 0
+
+
 def test_a_crash_ends_all_in_seconds_with_the_traceback_and_the_episode_of_the_one_that_crashed(together):
     begun = time.monotonic()
     crew = together(learning_ranks.come_to_grief, how="raise")
@@ -309,6 +329,25 @@ def test_a_signal_in_a_long_update_saves_what_it_began_with_and_ends_all(togethe
     assert time.monotonic() - asked < 10
     state = Run(tmp_path / "run").load_checkpoint("latest")
     assert state["frames"] == 64 and len(state["ranks"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("told", "number"), [([0, 1], signal.SIGTERM), ([1], signal.SIGTERM), ([0], signal.SIGUSR1)]
+)
+def test_a_signal_in_an_evaluation_ends_that_of_all(together, tmp_path, told, number):
+    crew = together(learning_ranks.examine, folder=tmp_path)
+    begun = [tmp_path / "run" / f"evaluating{rank}" for rank in (0, 1)]
+    while not all(file.exists() for file in begun) and crew.processes[0].is_alive():
+        time.sleep(0.02)
+    asked = time.monotonic()
+    for rank in told:
+        os.kill(crew.processes[rank].pid, number)
+    status = 143 if number == signal.SIGTERM else REQUEUE_STATUS
+    assert crew.statuses() == [status, status], crew.said(0) + crew.said(1)
+    assert time.monotonic() - asked < 20
+    # By themselves, and not because their time was over.
+    assert not any("ended in the middle" in crew.said(rank) for rank in (0, 1))
+    assert Run(tmp_path / "run").load_checkpoint("latest")["frames"] == 64
 
 
 def test_a_killed_rank_ends_all_in_seconds_and_its_neighbour_says_where_it_was(together):
@@ -456,12 +495,11 @@ def words(room, path, *overrides):
     ]
 
 
-def torchrun(*arguments, **settings):
+def torchrun(*arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = dict(os.environ, OMP_NUM_THREADS="1", **settings)
     return subprocess.Popen(
-        [*command, "-m", "navagent", *arguments],
-        env=environment,
+        [*command, *arguments],
+        env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path)),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -493,7 +531,7 @@ def numbers(run):
 def test_torchrun_trains_as_one_process_stops_on_a_signal_and_goes_on(tmp_path):
     room = write_one_room(tmp_path / "room", num_train=60, num_val=8)
     folder = tmp_path / "two"
-    process = torchrun("train", *words(room, folder, "algorithm.num_envs=2"))
+    process = torchrun("-m", "navagent", "train", *words(room, folder, "algorithm.num_envs=2"))
     while not (folder / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.02)
     # What they do not have can't stay when they have ended.
@@ -512,10 +550,12 @@ def test_torchrun_trains_as_one_process_stops_on_a_signal_and_goes_on(tmp_path):
     with pytest.raises(CheckpointError, match="the agents of 2 processes, and these are 1; go on with 2"):
         train(load_config([f"resume={folder}"]), Console(file=io.StringIO()))
 
-    process = torchrun("train", f"resume={folder}")
+    final = ["evaluation.final_episodes=5", "evaluation.baselines=random", "evaluation.videos=0"]
+    process = torchrun("-m", "navagent", "train", f"resume={folder}", *final)
     # Meanwhile, one process with the agents of both.
     whole = train(
-        load_config(words(room, tmp_path / "one", "algorithm.num_envs=4")), Console(file=io.StringIO())
+        load_config(words(room, tmp_path / "one", "algorithm.num_envs=4", *final)),
+        Console(file=io.StringIO()),
     )
     output, _ = process.communicate()
     assert process.returncode == 0, output
@@ -525,4 +565,39 @@ def test_torchrun_trains_as_one_process_stops_on_a_signal_and_goes_on(tmp_path):
     agree(numbers(run), numbers(whole), rel=1e-4, abs=1e-5)
     mine, other = (each.load_checkpoint(320)["policy"] for each in (run, whole))
     close(mine, other, atol=1e-5)
+    tables = [read_results(each.path / "evaluation" / "val" / "episodes.jsonl") for each in (run, whole)]
+    assert len(tables[0]) == 2 * 5
+    for result, expected in zip(*tables, strict=True):
+        assert (result.agent, result.episode_id) == (expected.agent, expected.episode_id)
+        assert (result.spl, result.steps) == (pytest.approx(expected.spl, abs=1e-4), expected.steps)
     assert processes_of(str(folder)) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_a_crash_under_torchrun_is_told_and_leaves_nothing(tmp_path):
+    process = torchrun(learning_ranks.__file__, "come to grief", str(tmp_path))
+    output, _ = process.communicate()
+    assert process.returncode == 1
+    assert "IndexError: the roof came down" in output and "in happen" in output, output
+    assert "rank 1 of 2 broke off after 80 frames, with its agents in" in output
+    assert "agent 1: line3.glb episode 3" in output
+    assert "navagent: rank 0 of 2 ends: rank 1 failed: IndexError: the roof came down" in output
+    assert processes_of(str(tmp_path)) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_when_torchrun_is_killed_its_processes_save_and_end(tmp_path):
+    process = torchrun(learning_ranks.__file__, "train slowly", str(tmp_path))
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.02)
+    assert len(processes_of(str(tmp_path))) == 3
+    process.kill()
+    killed = time.monotonic()
+    while (left := processes_of(str(tmp_path))) and time.monotonic() - killed < 20:
+        time.sleep(0.1)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    output, _ = process.communicate()
+    assert not left, output
+    assert "saving and stopping" in output
+    assert Run(tmp_path / "run").load_checkpoint("latest")["frames"] >= 64

@@ -421,6 +421,7 @@ def test_other_sensors_can_be_exported(room, file):
     assert found[0].observations["gps"][0].tolist() == [0.0, 0.0]
 
 
+@pytest.mark.filterwarnings("ignore:.*is (set to )?None")
 def test_a_data_set_of_others_gives_sequences(config, tmp_path):
     import minari
     from gymnasium import spaces
@@ -487,6 +488,7 @@ def test_exports_and_imports_that_cannot_be_are_refused_by_name(config, file, da
         import_minari(dataset, tmp_path / "x")
 
 
+@pytest.mark.filterwarnings("ignore:.*is (set to )?None")
 def test_a_data_set_of_other_actions_is_refused(tmp_path):
     import minari
     from gymnasium import spaces

@@ -255,8 +255,7 @@ class PointNavTask:
         An agent whose episode ends here is no longer :attr:`active`; its measures stay until its reset.
         """
         simulator, config, active = self.simulator, self.config, self.active
-        offset = 0 if config.stop == "called" else int(Action.MOVE_FORWARD)
-        base_actions = torch.where(active, actions + offset, int(Action.STOP))
+        base_actions = torch.where(active, self.simulator_actions(actions), int(Action.STOP))
         if self.actuation is None:
             simulator.step(base_actions)
             collided = simulator.collided
@@ -284,6 +283,10 @@ class PointNavTask:
         """The measures of the episodes so far, (N,) each: ``success, spl, soft_spl, distance_to_goal,
         collisions, path_length, steps, reward_sum``."""
         return self.measured.as_dict()
+
+    def simulator_actions(self, actions: Tensor) -> Tensor:
+        """Turns indices of this task's action space (N,) into :class:`Action`: (N,) int64."""
+        return actions if self.config.stop == "called" else actions + int(Action.MOVE_FORWARD)
 
     def policy_actions(self, base_actions: Tensor) -> Tensor:
         """Turns simulator actions (N,) into indices of this task's action space: (N,) int64.

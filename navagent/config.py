@@ -44,7 +44,10 @@ GROUPS = (
 SEE_ALL = "`navagent train --help` lists every setting, `navagent train --show-config` shows their values"
 
 Command = Literal["train", "imitate"]
-"""The verbs that train; each has a file in ``configs/`` that says what it starts from."""
+"""The verbs that train."""
+
+STARTS_WITH: dict[Command, dict[str, str]] = {"train": {}, "imitate": {"algorithm": "imitation"}}
+"""Options that a verb has by default where ``configs/train.yaml`` has others."""
 
 T = TypeVar("T")
 
@@ -487,8 +490,9 @@ def options(group: str) -> tuple[str, ...]:
 @functools.cache
 def default_options(command: Command = "train") -> dict[str, str]:
     """The option of each group that is in force where the command line names none."""
-    listed = yaml.safe_load((resources.files("configs") / f"{command}.yaml").read_text("utf-8"))["defaults"]
-    return {group: option for item in listed if item != "_self_" for group, option in item.items()}
+    listed = yaml.safe_load((resources.files("configs") / "train.yaml").read_text("utf-8"))["defaults"]
+    found = {group: option for item in listed if item != "_self_" for group, option in item.items()}
+    return found | STARTS_WITH[command]
 
 
 def option_help(group: str, option: str) -> str:
@@ -763,8 +767,8 @@ def _checked_override(override: str) -> str:
     return f"++{name}='{escaped}'"
 
 
-def _compose(overrides: Sequence[str], command: Command) -> dict[str, Any]:
-    """Hydra's composition of ``configs/COMMAND.yaml`` with overrides that are known by name."""
+def _compose(overrides: Sequence[str]) -> dict[str, Any]:
+    """Hydra's composition of ``configs/train.yaml`` with overrides that are known by name."""
     # Hydra costs as much to import as the rest of the command line together.
     from hydra import compose, initialize_config_module
     from hydra.errors import HydraException
@@ -773,7 +777,7 @@ def _compose(overrides: Sequence[str], command: Command) -> dict[str, Any]:
 
     try:
         with initialize_config_module("configs", version_base="1.3"):
-            composed = OmegaConf.to_container(compose(command, list(overrides)), resolve=True)
+            composed = OmegaConf.to_container(compose("train", list(overrides)), resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"{' '.join(overrides)}: {error} ({SEE_ALL})") from None
     assert isinstance(composed, dict)
@@ -793,11 +797,12 @@ def load_config(overrides: Sequence[str] = (), command: Command = "train") -> Tr
     Raises:
         ConfigError: on an unknown name (with the nearest right one), a wrong type or range, a missing file.
     """
-    checked = [_checked_override(override) for override in overrides]
     named = _named(overrides)
+    checked = [f"{group}={option}" for group, option in STARTS_WITH[command].items() if group not in named]
+    checked += [_checked_override(override) for override in overrides]
     if command == "train" and named.get("start_from", "null") != "null" and "experiment" not in named:
         checked.append("experiment=reinforce")
-    config = _build(TrainConfig, _compose(checked, command))
+    config = _build(TrainConfig, _compose(checked))
     if config.resume is not None:
         config = _resumed(config, overrides)
     elif config.start_from is not None:

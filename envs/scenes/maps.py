@@ -23,6 +23,8 @@ SHORTEST_PATH = (64, 168, 108)
 START = (44, 98, 200)
 GOAL = (214, 62, 62)
 AGENT = (28, 32, 44)
+MARK = (232, 120, 24)
+VISITED = (168, 186, 214)
 
 _SUPERSAMPLING = 3
 """Each output pixel averages this many pixels squared."""
@@ -174,6 +176,7 @@ def draw_map(
     shortest_path: ArrayLike | None = None,
     agent_yaw: float | None = None,
     success_distance: float | None = None,
+    marks: ArrayLike | None = None,
 ) -> NDArray[np.uint8]:
     """The map with an episode drawn on it.
 
@@ -186,6 +189,7 @@ def draw_map(
         shortest_path: Corners of the shortest path (K, 3) [m]: a thin green line.
         agent_yaw: Heading of the agent at the path's end [rad]: draws an arrow there, else a dot.
         success_distance: How near the goal the agent had to stop [m]: a circle around the goal.
+        marks: Places on the way that deserve a look (M, 3) [m]: an orange ring around each.
 
     Returns:
         (rows, columns, 3) uint8 RGB. Points that are not finite are left out.
@@ -206,6 +210,8 @@ def draw_map(
         _polyline(canvas, path, (255, 255, 255), 5.6 * unit)
         for first, last, colour in zip(path[:-1], path[1:], colours, strict=True):
             _polyline(canvas, np.stack([first, last]), colour, 3.4 * unit)
+    for centre in _pixels(floor, marks):
+        _ring(canvas, centre, 5.0 * unit, MARK, 1.8 * unit)
     for centre in _pixels(floor, start):
         _disc(canvas, centre, 7.0 * unit, (255, 255, 255))
         _disc(canvas, centre, 5.6 * unit, START)
@@ -217,6 +223,40 @@ def draw_map(
         _agent(canvas, path[-1], agent_yaw, unit)
     rows, columns = floor.image.shape[:2]
     return np.asarray(cv2.resize(canvas, (columns, rows), interpolation=cv2.INTER_AREA), dtype=np.uint8)
+
+
+def draw_places(floor: TopDownMap, visited: ArrayLike, marked: ArrayLike) -> NDArray[np.uint8]:
+    """The map with many places on it.
+
+    Args:
+        floor: The empty map.
+        visited: Places (V, 3) [m], in pale blue.
+        marked: Places that matter (M, 3) [m], in orange, the stronger the more lie together.
+
+    Returns:
+        (rows, columns, 3) uint8 RGB. Points that are not finite are left out.
+    """
+    canvas = floor._fine.astype(np.float32)
+    unit = _SUPERSAMPLING * max(floor.image.shape[:2]) / 600.0
+    for points, colour, share, radius in ((visited, VISITED, 0.35, 2.6), (marked, MARK, 0.3, 3.6)):
+        layer = _density(canvas.shape[:2], _pixels(floor, points), radius * unit)
+        strength = (1.0 - (1.0 - share) ** layer)[..., None]
+        canvas = canvas * (1.0 - strength) + np.array(colour, np.float32) * strength
+    rows, columns = floor.image.shape[:2]
+    small = cv2.resize(canvas, (columns, rows), interpolation=cv2.INTER_AREA)
+    return np.rint(small).astype(np.uint8)
+
+
+def _density(shape: tuple[int, ...], pixels: NDArray[np.float64], radius: float) -> NDArray[np.float32]:
+    """How many discs around points (N, 2) cover each pixel of an image: (rows, columns)."""
+    size = max(1, round(radius))
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * size + 1, 2 * size + 1)).astype(np.float32)
+    rows, columns = shape[:2]
+    counts = np.zeros((rows, columns), np.float32)
+    inside = (pixels >= 0).all(axis=1) & (pixels < (columns, rows)).all(axis=1)
+    places, repeats = np.unique(pixels[inside].astype(int), axis=0, return_counts=True)
+    counts[places[:, 1], places[:, 0]] = repeats
+    return cv2.filter2D(counts, -1, disc, borderType=cv2.BORDER_CONSTANT)
 
 
 _SHIFT = 4
@@ -293,6 +333,18 @@ def _disc(
     column, row = _fixed_point(centre)
     size = max(1, round(radius * (1 << _SHIFT)))
     cv2.circle(canvas, (int(column), int(row)), size, colour, cv2.FILLED, cv2.LINE_AA, shift=_SHIFT)
+
+
+def _ring(
+    canvas: NDArray[np.uint8],
+    centre: NDArray[np.float64],
+    radius: float,
+    colour: tuple[int, int, int],
+    width: float,
+) -> None:
+    column, row = _fixed_point(centre)
+    size = max(1, round(radius * (1 << _SHIFT)))
+    cv2.circle(canvas, (int(column), int(row)), size, colour, max(1, round(width)), cv2.LINE_AA, shift=_SHIFT)
 
 
 def _agent(canvas: NDArray[np.uint8], centre: NDArray[np.float64], yaw: float | None, unit: float) -> None:

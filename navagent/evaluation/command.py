@@ -30,6 +30,7 @@ from navagent.build import (
 from navagent.config import ConfigError, SensorsConfig, TrainConfig, nearest, read_config
 from navagent.distributed import Ranks, joined
 from navagent.evaluation.agents import BASELINES, Agent, PolicyAgent
+from navagent.evaluation.departures import by_scene, departures
 from navagent.evaluation.evaluate import evaluate_agent, gathered, spread
 from navagent.evaluation.metrics import paired_difference, results_table, summarise, to_json
 from navagent.evaluation.pictures import Studio
@@ -38,6 +39,9 @@ from navagent.evaluation.results import EpisodeResult, write_results
 from navagent.evaluation.video import SUFFIX, write_video
 from navagent.runs import CheckpointError, Run
 from policies.actor_critic import NavigationPolicy
+
+DEPARTURE_MAPS = 6
+"""Homes, at most, that a map shows where the agent left the expert."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,8 @@ def evaluate_run(
     shown = contenders[0]
     shown_config = config if shown.run is None else _contender_config(shown.run, config)
     pictures = _draw(results[shown.name], split, shown_config, options, out)
+    left = departures(results[shown.name]).to_json()
+    left["homes"] = _draw_departures(results[shown.name], split, shown_config, options, out)
     first, *others = results.values()
     summary: dict[str, Any] = {
         "split": split.name,
@@ -152,6 +158,7 @@ def evaluate_run(
             )
             for found in others
         },
+        "departures": left,
         "pictures": pictures,
         "command": as_command(options),
     }
@@ -343,6 +350,26 @@ def _draw(
     if studio is not None:
         studio.close()
     return pictures
+
+
+def _draw_departures(
+    results: list[EpisodeResult], split: Split, config: TrainConfig, options: EvaluateOptions, out: Path
+) -> list[dict[str, Any]]:
+    """Draws where the agent left the expert, in the homes in which it did so most; lists the files."""
+    folder = out / "departures"
+    for old in folder.glob("*"):
+        old.unlink()
+    drawn: list[dict[str, Any]] = []
+    for index, (scene, own) in enumerate(by_scene(results).items()):
+        if index == min(options.maps, DEPARTURE_MAPS):
+            break
+        studio = Studio(split.scenes[scene], config)
+        path = folder / f"{index:03d}-{_safe(Path(scene).stem)}.png"
+        file = _write_png(path, studio.departures(own), out)
+        studio.close()
+        share = departures(own).to_json()["share"]
+        drawn.append({"scene_id": scene, "share": share, "episodes": len(own), "map": file})
+    return drawn
 
 
 def _safe(name: str) -> str:

@@ -28,6 +28,7 @@ def evaluate_agent(
 ) -> list[EpisodeResult]:
     """Evaluates ``agent`` on every episode of ``env``'s sampler.
 
+    The expert is asked at every step what it would do, and whether the agent does something else is counted.
     What an episode comes to does not depend on the others, nor on how many agents play side by side: random
     actions belong to the episode and its step. Only noise of cameras and motion is drawn for the whole batch.
 
@@ -58,6 +59,8 @@ def evaluate_agent(
         started = torch.zeros_like(env.active)
         # Poses of all agents before each step, and the step at which each agent's episode started.
         poses: list[NDArray[np.float32]] = []
+        # What all agents did and what the expert would have done at each step, (N, 2).
+        choices: list[NDArray[np.int64]] = []
         since = np.zeros(env.num_envs, dtype=np.int64)
         while len(results) < len(episodes):
             active = env.active
@@ -69,6 +72,8 @@ def evaluate_agent(
             current = env.current_episodes()
             start_distance = env.task.measured.start_distance.tolist()
             actions = agent.act(observations, starts)
+            both = torch.stack([actions.to(env.simulator.device), env.expert_actions()], 1)
+            choices.append(env.task.simulator_actions(both).cpu().numpy())
             observations, _, terminated, truncated, infos = env.step(actions)
             ended = torch.as_tensor(terminated) | torch.as_tensor(truncated)
             if not bool(ended.any()):
@@ -77,6 +82,7 @@ def evaluate_agent(
             measures = {name: value.tolist() for name, value in infos["episode"].items()}
             for index in torch.nonzero(ended).flatten().tolist():
                 episode = episodes[current[index]]
+                chosen = np.stack([step[index] for step in choices[since[index] :]])
                 track = np.stack([*(step[index] for step in poses[since[index] :]), final[index]])
                 results[current[index]] = EpisodeResult(
                     agent=agent.name,
@@ -95,6 +101,8 @@ def evaluate_agent(
                     goal=episode.goal_position,
                     positions=track[:, :3],
                     yaws=track[:, 3],
+                    departures=int((chosen[:, 0] != chosen[:, 1]).sum()),
+                    choices=chosen,
                 )
             if progress is not None:
                 progress(len(results), len(episodes))

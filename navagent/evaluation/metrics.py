@@ -51,6 +51,7 @@ MEASURES = (
     Measure("steps", "steps", digits=0),
     Measure("collisions", "collisions", digits=1),
     Measure("reward", "reward"),
+    Measure("departed", "left the expert", digits=3),
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from envs.scenes.maps import TopDownMap, draw_map, floor_heights, top_down_map
+from envs.scenes.maps import TopDownMap, draw_map, draw_places, floor_heights, top_down_map
 from envs.scenes.pathfinder import PathFinder
 from envs.simulators.base import SensorSpec
 from envs.simulators.raycast import RaycastSimulator
@@ -74,6 +74,21 @@ class Studio:
         """Map of the floor that the episode ends on, with its whole path: (H, W, 3) uint8 RGB."""
         return self._map(result, len(result.positions) - 1)
 
+    def departures(self, results: Sequence[EpisodeResult]) -> Image:
+        """Map of where agents were in some episodes of this scene, and where they left the expert's action.
+
+        It shows the floor on which most of that was: (H, W, 3) uint8 RGB.
+        """
+        places = np.concatenate([result.positions[:-1] for result in results])
+        choices = np.concatenate([result.choices for result in results])
+        left = choices[:, 0] != choices[:, 1]
+        counted = left if left.any() else np.ones_like(left)
+        distances = np.abs(places[:, 1, None] - np.array(self._floors)[None])
+        own = distances.argmin(axis=1)
+        floor = int(np.bincount(own[counted], minlength=len(self._floors)).argmax())
+        here = own == floor
+        return draw_places(self._floor(self._floors[floor]), places[here], places[here & left])
+
     def view(self, result: EpisodeResult) -> Image:
         """What a colour camera saw at the start: (H, W, 3) uint8 RGB."""
         return next(self._views(result, [0]))["rgb"]
@@ -132,6 +147,8 @@ class Studio:
 
     def _map(self, result: EpisodeResult, step: int) -> Image:
         floor = self._floor(float(result.positions[step, 1]))
+        left = result.choices[:step]
+        departs = left[:, 0] != left[:, 1]
         scene = torch.zeros(1, dtype=torch.int64, device=self.simulator.device)
         corners, count = self.simulator.paths.path(scene, self._point(result.start), self._point(result.goal))
         return draw_map(
@@ -142,6 +159,7 @@ class Studio:
             shortest_path=corners[0, : int(count[0])].cpu().numpy(),
             agent_yaw=float(result.yaws[step]),
             success_distance=self.config.env.success_distance,
+            marks=result.positions[: len(left)][departs],
         )
 
     def _floor(self, height: float) -> TopDownMap:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import math
 import shlex
@@ -15,11 +16,14 @@ from string import Template
 from typing import Any
 
 from envs.files import atomic_write
+from envs.scenes.maps import MARK, VISITED
 from navagent.config import (
     AdaptationConfig,
+    Command,
     TrainConfig,
     as_typed,
     flatten,
+    load_config,
     option_help,
     read_config,
     to_yaml,
@@ -32,11 +36,17 @@ _KINDS = {".png": "image/png", ".mp4": "video/mp4"}
 _NOT_THE_EXPERIMENT = ("run_dir", "resume", "device", "num_threads")
 """Settings that say where and how a run was computed, not what it was."""
 
+
+def _hex(colour: tuple[int, int, int]) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*colour)
+
+
 _LEGEND = (
     '<span class="key" style="background:#2c62c8;margin-left:0"></span>start'
     '<span class="key" style="background:#d63e3e"></span>goal'
     '<span class="key" style="background:#40a86c"></span>shortest path'
-    '<span class="key time"></span>the agent\'s path, first to last. '
+    '<span class="key time"></span>the agent\'s path, first to last'
+    f'<span class="key" style="background:{_hex(MARK)}"></span>where it left the expert. '
     "Beside each map: what it saw at the start."
 )
 """Explains the colours of :func:`envs.scenes.maps.draw_map`."""
@@ -92,7 +102,7 @@ def write_report(run: Run) -> Path:
     try:
         draw_curves(records, dark, others, DARK)
         parts = [
-            *([_tiles(config, main, records), _results(main), _videos(main), _maps(main)] if main else []),
+            *(_evaluated(config, main, records) if main else []),
             _curves(curves, dark),
             *(_other_evaluation(evaluation) for evaluation in evaluations[1:]),
             _settings(config),
@@ -116,10 +126,24 @@ def write_report(run: Run) -> Path:
     return path
 
 
+def _evaluated(config: TrainConfig, main: Evaluation, records: list[dict[str, Any]]) -> list[str]:
+    return [
+        _tiles(config, main, records),
+        _results(main),
+        _videos(main),
+        _maps(main),
+        _departures(main),
+    ]
+
+
 def reproduce_command(config: TrainConfig) -> str:
     """The command line that trains with these settings, only what differs from the defaults named."""
     changed = (f"{name}={as_typed(value)}" for name, value in _changed(config).items())
-    return shlex.join(["navagent", "train", *changed])
+    return shlex.join(["navagent", _verb(config), *changed])
+
+
+def _verb(config: TrainConfig) -> Command:
+    return "imitate" if config.algorithm.name == "imitation" else "train"
 
 
 def _changed(config: TrainConfig) -> dict[str, Any]:
@@ -127,8 +151,12 @@ def _changed(config: TrainConfig) -> dict[str, Any]:
 
     A method's settings are held against its own defaults: other methods lack them, or mean another thing.
     """
-    defaults = flatten(TrainConfig(adaptation=AdaptationConfig(config.adaptation.name)))
-    defaults["adaptation.name"] = TrainConfig().adaptation.name
+    verb = _verb(config)
+    reinforced = verb == "train" and config.start_from is not None
+    start = load_config(["experiment=reinforce"] if reinforced else [], verb)
+    usual = start.adaptation.name
+    defaults = flatten(dataclasses.replace(start, adaptation=AdaptationConfig(config.adaptation.name)))
+    defaults["adaptation.name"] = usual
     return {
         name: value
         for name, value in flatten(config).items()
@@ -249,14 +277,21 @@ def _results(evaluation: Evaluation) -> str:
 
 
 def _table(evaluation: Evaluation) -> str:
-    heads = "".join(
-        f"<th>{escape(measure.label)}{f' [{measure.unit}]' if measure.unit else ''}</th>"
+    # An evaluation of an earlier version may lack some.
+    agents = evaluation.agents.values()
+    shown = [
+        measure
         for measure in MEASURES
+        if all(measure.name in measures for measures in agents)
+        and any(measures[measure.name].count for measures in agents)
+    ]
+    heads = "".join(
+        f"<th>{escape(measure.label)}{f' [{measure.unit}]' if measure.unit else ''}</th>" for measure in shown
     )
     rows = []
     for name, measures in evaluation.agents.items():
         cells = []
-        for measure in MEASURES:
+        for measure in shown:
             value, digits = measures[measure.name], measure.digits
             interval = f"{value.low:.{digits}f} – {value.high:.{digits}f}"
             cells.append(f"<td>{value.mean:.{digits}f}<small>{interval}</small></td>")
@@ -331,13 +366,70 @@ def _maps(evaluation: Evaluation) -> str:
     )
 
 
-def _with(evaluation: Evaluation, kind: str) -> Iterable[Mapping[str, Any]]:
-    """The pictures of a kind whose file is there."""
+def _departures(evaluation: Evaluation) -> str:
+    left = evaluation.summary.get("departures")
+    if not left or left.get("share") is None:
+        return ""
+    told = [
+        f"{left[name]:.1%} in episodes that {what} their goal"
+        for name, what in (("share_in_success", "reached"), ("share_in_failure", "missed"))
+        if left.get(name) is not None
+    ]
+    return (
+        '<section><h2>Where it leaves the expert</h2><p class="note">'
+        f"At <b>{left['share']:.1%}</b> of its steps the agent did something else than the expert: "
+        f"{', '.join(told)}. Another way can be as short, so not every departure is an error.</p>"
+        f"{_choices(left['actions'], left['counts'])}{_departure_maps(evaluation, left)}</section>"
+    )
+
+
+def _choices(names: Iterable[str], counts: Iterable[list[int]]) -> str:
+    """What the agent did for each action of the expert's, as a table of shares."""
+    names = [escape(str(name)) for name in names]
+    rows = []
+    for index, (name, row) in enumerate(zip(names, counts, strict=True)):
+        steps = sum(row)
+        if not steps:
+            continue
+        shares = [f"{count / steps:.1%}" for count in row]
+        shares[index] = f"<b>{shares[index]}</b>"
+        cells = "".join(f"<td>{share}</td>" for share in shares)
+        rows.append(f"<tr><td>{name} ({_short(steps)} steps)</td>{cells}</tr>")
+    heads = "".join(f"<th>{name}</th>" for name in names)
+    return (
+        f'<div class="scroll"><table><thead><tr><th>where the expert would, the agent did</th>{heads}</tr>'
+        f"</thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _departure_maps(evaluation: Evaluation, left: Mapping[str, Any]) -> str:
+    figures = []
+    for home in _with(evaluation, "map", left.get("homes", [])):
+        scene, uri = escape(Path(str(home["scene_id"])).stem), data_uri(evaluation.folder / home["map"])
+        figures.append(
+            f'<figure><img class="plan" alt="map of departures" src="{uri}"><figcaption>{scene}: '
+            f"{home['share']:.1%} of its steps, {_count(home['episodes'], 'episode')}</figcaption></figure>"
+        )
+    if not figures:
+        return ""
+    return (
+        f'<p class="note" style="margin-top:12px"><span class="key" style="background:{_hex(MARK)};'
+        'margin-left:0"></span>where it left the expert, in the homes where it did so most'
+        f'<span class="key" style="background:{_hex(VISITED)}"></span>where it was</p>'
+        f'<div class="places">{"".join(figures)}</div>'
+    )
+
+
+def _with(
+    evaluation: Evaluation, kind: str, pictures: Iterable[Mapping[str, Any]] | None = None
+) -> Iterable[Mapping[str, Any]]:
+    """The pictures of a kind whose file is there: of episodes, unless others are given."""
     folder = evaluation.folder.resolve()
-    for picture in evaluation.summary.get("pictures", []):
+    of_episodes = pictures is None
+    for picture in evaluation.summary.get("pictures", []) if pictures is None else pictures:
         if kind not in picture:
             continue
-        names = ("map", "view") if kind == "map" else (kind,)
+        names = ("map", "view") if kind == "map" and of_episodes else (kind,)
         files = [(folder / str(picture.get(name))).resolve() for name in names]
         # A summary that came from elsewhere must not put other files on the page.
         if all(file.is_file() and file.is_relative_to(folder) and file.suffix in _KINDS for file in files):

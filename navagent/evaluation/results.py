@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from envs.files import atomic_write
 
+_NOT_SAVED = ("positions", "yaws", "choices")
+
 
 @dataclass(frozen=True)
 class EpisodeResult:
@@ -55,12 +57,24 @@ class EpisodeResult:
         default_factory=lambda: np.empty(0, np.float32), repr=False, compare=False
     )
     """Where it looked: (steps + 1,) float32 [rad]; not saved."""
+    departures: int | None = None
+    """Actions that were not the expert's in the same place; None where the expert was not asked."""
+    choices: NDArray[np.int64] = field(
+        default_factory=lambda: np.empty((0, 2), np.int64), repr=False, compare=False
+    )
+    """What the agent did and what the expert would have done, at each step, as
+    :class:`~envs.simulators.base.Action`: (steps, 2); not saved."""
+
+    @property
+    def departed(self) -> float:
+        """Share of its actions that were not the expert's; NaN where that is not known."""
+        return math.nan if self.departures is None or not self.steps else self.departures / self.steps
 
     def to_json(self) -> dict[str, Any]:
         """What one line of ``episodes.jsonl`` holds; JSON has no infinity, so what is not finite is null."""
         line: dict[str, Any] = {}
         for item in fields(self):
-            if item.name in ("positions", "yaws"):
+            if item.name in _NOT_SAVED:
                 continue
             value = getattr(self, item.name)
             line[item.name] = None if isinstance(value, float) and not math.isfinite(value) else value

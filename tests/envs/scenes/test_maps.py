@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from envs.scenes.maps import TopDownMap, draw_map, floor_heights, top_down_map
+from envs.scenes.maps import MARK, TopDownMap, draw_map, draw_places, floor_heights, top_down_map
 from envs.scenes.navmesh import NavMesh, NavMeshSettings
 from envs.scenes.navmesh_file import read_navmesh
 
@@ -180,6 +180,29 @@ def test_shortest_path_and_goal_circle_are_drawn():
     in_circle, beyond = pixel_at(image, floor, (5, 0, 2.4)), pixel_at(image, floor, (5, 0, 2.6))
     assert in_circle[0] > in_circle[1] + 20
     np.testing.assert_array_equal(beyond, pixel_at(floor.image, floor, (5, 0, 2.6)))
+
+
+def test_marks_are_rings_around_places():
+    floor = top_down_map(ROOM)
+    image = draw_map(floor, marks=[(3, 0, 2)])
+    orange = np.abs(image.astype(int) - MARK).sum(axis=2) < 120
+    rows, columns = np.nonzero(orange)
+    centre = floor.world_to_pixel((3, 0, 2))
+    radii = np.hypot(columns + 0.5 - centre[0], rows + 0.5 - centre[1])
+    assert 3 < radii.mean() < 7
+    np.testing.assert_array_equal(pixel_at(image, floor, (3, 0, 2)), pixel_at(floor.image, floor, (3, 0, 2)))
+
+
+def test_places_are_the_stronger_the_more_lie_together():
+    floor = top_down_map(ROOM)
+    image = draw_places(floor, [(1, 0, 1)], [(3, 0, 2), *[(5, 0, 3)] * 20, (np.nan, 0, 0), (900, 0, 0)])
+
+    def far(point, colour):
+        return np.abs(pixel_at(image, floor, point).astype(int) - colour).sum()
+
+    assert far((5, 0, 3), MARK) < 10 < far((3, 0, 2), MARK) < far((1, 0, 1), MARK)
+    np.testing.assert_array_equal(pixel_at(image, floor, (1, 0, 3)), pixel_at(floor.image, floor, (1, 0, 3)))
+    np.testing.assert_array_equal(draw_places(floor, np.empty((0, 3)), np.empty((0, 3))), floor.image)
 
 
 def test_drawing_leaves_the_map_alone_and_skips_what_is_not_finite():

@@ -83,6 +83,14 @@ def test_an_evaluation_leaves_table_lines_maps_videos_and_report(runs, homes):
     assert sum("map" in picture for picture in summary["pictures"]) == 2
     maps = [cv2.imread(str(file)) for file in sorted((out / "maps").glob("*.png"))]
     assert all(image is not None and image.std() > 5 for image in maps)
+    # Every step of the expert's is its own; another's is one of both.
+    assert summary["agents"]["expert"]["departed"]["mean"] == 0
+    left = summary["departures"]
+    assert np.sum(left["counts"]) == sum(line.steps for line in lines[:4])
+    assert sum(line.departures for line in lines[:4]) == np.sum(left["counts"]) - np.trace(left["counts"])
+    for home in left["homes"]:
+        assert cv2.imread(str(out / home["map"])).std() > 5
+    assert left["homes"]
     (video,) = (out / "videos").iterdir()
     assert cv2.VideoCapture(str(video)).read()[0]
 
@@ -91,6 +99,7 @@ def test_an_evaluation_leaves_table_lines_maps_videos_and_report(runs, homes):
         assert re.search(rf"\b{name}\b", table)
     report = (seeing.path / "report.html").read_text()
     assert report.count("data:video/mp4;base64,") == 1
+    assert "Where it leaves the expert" in report
     assert "http" not in report
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode
 
-from envs.simulators.base import AgentSpec
+from envs.simulators.base import Action, AgentSpec
 from envs.task import PointNavConfig
 from navagent.evaluation.agents import (
     BASELINES,
@@ -15,6 +15,7 @@ from navagent.evaluation.agents import (
     PolicyAgent,
     RandomAgent,
 )
+from navagent.evaluation.departures import by_scene, departures
 from navagent.evaluation.evaluate import evaluate_agent, spread
 
 
@@ -67,6 +68,45 @@ def test_an_episode_that_is_not_finished_ends_at_the_limit(flat_env, make_episod
     assert result.spl == 0.0
     assert result.steps == 40
     assert result.collisions == 20
+
+
+def test_the_expert_never_leaves_itself(flat_env, make_episode):
+    episodes = [make_episode(n, goal=(2.0, 0.0, -1.0 - 0.5 * n)) for n in range(4)]
+    for result in evaluate_agent(flat_env(episodes, 3), ExpertAgent()):
+        assert (result.departures, result.departed) == (0, 0.0)
+        assert result.choices.shape == (result.steps, 2)
+        assert result.choices[-1].tolist() == [Action.STOP, Action.STOP]
+
+
+@pytest.mark.parametrize("stop", ["called", "automatic"])
+def test_departures_are_counted_where_they_happen(flat_env, make_episode, stop):
+    """The goal lies to the left: the expert turns there first, and who walks on leaves it at every step."""
+    config = PointNavConfig(max_steps=20, stop=stop)
+    episodes = [make_episode(0, goal=(-2.0, 0.0, 0.0)), make_episode(1, goal=(0.0, 0.0, -2.0))]
+    aside, ahead = evaluate_agent(flat_env(episodes, 2, config), ForwardAgent())
+    assert aside.departures == aside.steps == 20
+    assert set(aside.choices[:, 0]) == {Action.MOVE_FORWARD}
+    assert aside.choices[0].tolist() == [Action.MOVE_FORWARD, Action.TURN_LEFT]
+    assert ahead.success
+    assert ahead.departures == 0
+    both = departures([aside, ahead])
+    assert both.counts[Action.TURN_LEFT, Action.MOVE_FORWARD] > 0
+    assert both.counts.sum() == aside.steps + ahead.steps
+    assert both.share == pytest.approx(aside.steps / (aside.steps + ahead.steps))
+    assert (both.share_in_success, both.share_in_failure) == (0.0, 1.0)
+    assert list(by_scene([ahead, aside])) == sorted({aside.scene_id, ahead.scene_id})
+
+
+def test_scenes_come_by_how_often_the_expert_was_left(make_result):
+    left, kept = np.array([[1, 2]] * 3), np.array([[1, 1]] * 3)
+    results = [
+        make_result(0, scene="a", choices=kept),
+        make_result(1, scene="b", choices=left),
+        make_result(2, scene="c", choices=np.concatenate([left, kept])),
+    ]
+    assert list(by_scene(results)) == ["b", "c", "a"]
+    assert math.isnan(departures([]).share)
+    assert departures([]).to_json()["share"] is None
 
 
 def test_progress_is_told_up_to_the_last_episode(flat_env, make_episode):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from navagent.config import load_config, to_yaml, write_config
+from navagent.evaluation.departures import departures
 from navagent.evaluation.metrics import paired_difference, summarise, to_json
 from navagent.evaluation.report import read_evaluations, reproduce_command, write_report
 from navagent.evaluation.video import write_video
@@ -101,6 +102,27 @@ def test_the_report_tells_the_result_with_its_interval_and_how_to_repeat_it(eval
     assert "navagent evaluate somewhere --episodes 24" in text
     assert evaluated.versions["torch"] in text
     assert "ex<pert: SPL -0.4" in text
+
+
+def test_the_report_tells_where_the_agent_leaves_the_expert(evaluated, make_result):
+    assert "leaves the expert" not in write_report(evaluated).read_text()
+    folder = evaluated.path / "evaluation" / "val"
+    choices = np.array([[1, 1]] * 6 + [[2, 1]] * 2 + [[3, 3]] * 2)
+    left = departures([make_result(0, choices=choices), make_result(1, success=False, choices=choices)])
+    homes = [
+        {"scene_id": "homes/a<b.glb", "share": 0.2, "episodes": 2, "map": "maps/0.png"},
+        {"scene_id": "homes/c.glb", "share": 0.2, "episodes": 2, "map": "../../config.yaml"},
+    ]
+    file = folder / "summary.json"
+    told = {**left.to_json(), "homes": homes}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"departures": told}))
+    before = Page(write_report(evaluated).read_text())
+    assert "At 20.0% of its steps the agent did something else than the expert" in before.text
+    assert "20.0% in episodes that reached their goal, 20.0% in episodes that missed" in before.text
+    assert "move forward (16 steps) 0.0% 75.0% 25.0% 0.0%" in before.text
+    assert "a<b: 20.0% of its steps, 2 episodes" in before.text
+    assert "c: 20.0%" not in before.text
+    assert not before.open
 
 
 def test_only_the_runs_own_val_split_is_called_unseen(evaluated):

@@ -716,7 +716,7 @@ def plan(
     memory: MemoryPlan,
 ) -> Table:
     """What is about to be trained, for the person who has to wait for it."""
-    policy = model.policy
+    policy: Any = model.policy
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     held = sum(p.numel() for p in policy.parameters()) + sum(b.numel() for b in policy.buffers()) - trained
     eyes = " and ".join(f"{c.kind} {c.height}x{c.width}" for c in cameras(config))

@@ -256,7 +256,7 @@ def _density(shape: tuple[int, ...], pixels: NDArray[np.float64], radius: float)
     inside = (pixels >= 0).all(axis=1) & (pixels < (columns, rows)).all(axis=1)
     places, repeats = np.unique(pixels[inside].astype(int), axis=0, return_counts=True)
     counts[places[:, 1], places[:, 0]] = repeats
-    return cv2.filter2D(counts, -1, disc, borderType=cv2.BORDER_CONSTANT)
+    return cv2.filter2D(counts, -1, disc, borderType=cv2.BORDER_CONSTANT).astype(np.float32, copy=False)
 
 
 _SHIFT = 4

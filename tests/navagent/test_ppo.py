@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import stable_baselines3
 import torch
@@ -21,8 +23,8 @@ def parameters(model):
 
 
 @pytest.mark.parametrize("expose_torch", [True, False], ids=["tensors", "numpy"])
-@pytest.mark.parametrize("clip_range_vf", [None, 0.1])
-def test_without_memory_training_equals_stable_baselines3(expose_torch, clip_range_vf):
+@pytest.mark.parametrize("options", [{}, {"clip_range_vf": 0.1}, {"normalize_advantage": False}])
+def test_without_memory_training_equals_stable_baselines3(expose_torch, options):
     shared = {
         "n_steps": 16,
         "n_epochs": 3,
@@ -31,8 +33,8 @@ def test_without_memory_training_equals_stable_baselines3(expose_torch, clip_ran
         "gae_lambda": 0.9,
         "ent_coef": 0.01,
         "vf_coef": 0.4,
-        "clip_range_vf": clip_range_vf,
         "max_grad_norm": 0.3,
+        **options,
     }
     ours = make(MemorylessPolicy, max_steps=5, expose_torch=expose_torch, n_minibatches=1, **{**shared})
     env = LineVecEnv(LineWorld(num_envs=4, max_steps=5))
@@ -262,6 +264,8 @@ def test_learning_rates_fall_as_named():
     assert LearningRate(1.0, "linear", 0.1)(0.0) == pytest.approx(0.1)
     assert LearningRate(1.0, "linear")(0.25) == pytest.approx(0.25)
     assert LearningRate(1.0, "cosine")(0.5) == pytest.approx(0.5)
+    # Where a straight line is at a quarter.
+    assert LearningRate(1.0, "cosine")(0.25) == pytest.approx((1 + math.cos(0.75 * math.pi)) / 2)
     with pytest.raises(ValueError, match="'square' is not one of constant, linear, cosine"):
         LearningRate(1.0, "square")
 

@@ -226,3 +226,27 @@ def test_spread_takes_evenly_from_the_scenes(make_episode):
     chosen = spread(episodes, 5)
     assert [episode.episode_id for episode in chosen] == ["0", "1", "4", "5", "8"]
     assert spread(episodes, 99) == episodes
+
+
+class Collapsing(ForwardAgent):
+    """Breaks off at its fourth step."""
+
+    steps = 0
+
+    def act(self, observations, starts):
+        self.steps += 1
+        if self.steps == 4:
+            raise IndexError("the roof came down")
+        return super().act(observations, starts)
+
+
+def test_an_evaluation_that_breaks_off_says_in_which_episodes(flat_env, make_episode):
+    goals = [0.25, *[5.0] * 19]
+    episodes = [make_episode(n, goal=(0.0, 0.0, -z)) for n, z in enumerate(goals)]
+    with pytest.raises(IndexError, match="the roof came down") as caught:
+        evaluate_agent(flat_env(episodes, 18), Collapsing())
+    (note,) = caught.value.__notes__
+    place, *agents = note.split("\n  ")
+    assert place == "the evaluation of 'forward' broke off after 1 episodes, with its agents in"
+    assert agents[0].startswith("agent 0:") and agents[0].endswith("episode 18")
+    assert agents[1].endswith("episode 1") and agents[-1] == "and 2 more"

@@ -13,6 +13,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
+from policies.adaptation import set_learning_rate
 from policies.extractor import AdaptedExtractor
 from policies.memory import make_memory
 
@@ -122,6 +123,7 @@ class NavigationPolicy(ActorCriticPolicy):
             lr=lr_schedule(1),  # type: ignore[call-arg]
             **self.optimizer_kwargs,
         )
+        set_learning_rate(self.optimizer.param_groups, lr_schedule(1))  # type: ignore[call-arg]
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Optimiser groups of all trainable parameters."""

@@ -21,6 +21,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
+from torch.optim import Optimizer
 
 from navagent.distributed import RankLostError, Ranks, Stragglers
 from navagent.learning.fast_paths import FastPaths
@@ -32,6 +33,7 @@ from navagent.learning.replay import Replay
 from navagent.learning.rollout import SequenceBuffer, StepResult, tensor_envs
 from navagent.progress import episodes_of, in_lines
 from navagent.runs import RunError
+from policies.adaptation import set_learning_rate
 
 _POLICY_METHODS = ("initial_memory", "act", "evaluate_sequences", "penalty", "metrics", "set_progress")
 
@@ -114,6 +116,13 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
 
     def _make_replay(self) -> Replay | None:
         return Replay(self.replay_steps, self._empty_buffer()) if self.replay_steps else None
+
+    def _update_learning_rate(self, optimizers: list[Optimizer] | Optimizer) -> None:
+        # Stable-Baselines3 gives all groups one rate; a method may want another for a part of it.
+        super()._update_learning_rate(optimizers)
+        rate = self.lr_schedule(self._current_progress_remaining)
+        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+            set_learning_rate(optimizer.param_groups, rate)
 
     def _empty_buffer(self) -> SequenceBuffer:
         return SequenceBuffer(

@@ -27,7 +27,7 @@ from navagent.learning.frames import Frames, FrameSource, View
 from navagent.learning.perception import TASKS
 from navagent.learning.quality import blind_predictors, measure
 from navagent.learning.training import warm_cosine
-from policies.adaptation import ADAPTATIONS, Adaptation, make_adaptation
+from policies.adaptation import ADAPTATIONS, Adaptation, make_adaptation, set_learning_rate
 from policies.encoders import Encoder, default_weights, make_encoder
 
 BASE_TASK = "normals"
@@ -320,6 +320,7 @@ class Bench:
         config, task = self.config, TASKS[self.config.task]
         total = steps * config.batch_size
         groups = adaptation.parameter_groups(WEIGHT_DECAY)
+        set_learning_rate(groups, job.learning_rate)
         groups.append(
             {"params": decoder.parameters(), "weight_decay": WEIGHT_DECAY, "lr": DECODER_LEARNING_RATE}
         )

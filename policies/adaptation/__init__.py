@@ -5,7 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from policies.adaptation.base import Adaptation, AdaptationConfig, FrozenEncoder, TrainableEncoder
+from policies.adaptation.base import (
+    Adaptation,
+    AdaptationConfig,
+    FrozenEncoder,
+    TrainableEncoder,
+    set_learning_rate,
+)
 from policies.adaptation.ewc import EWC, EWCConfig
 from policies.adaptation.feature_extraction import FeatureExtraction
 from policies.adaptation.finetune import FineTuning
@@ -56,6 +62,7 @@ __all__ = [
     "SuperpositionConfig",
     "TrainableEncoder",
     "make_adaptation",
+    "set_learning_rate",
 ]
 
 ADAPTATIONS: dict[str, type[Adaptation]] = {

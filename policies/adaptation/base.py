@@ -278,7 +278,10 @@ class Adaptation(nn.Module, ABC):
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Optimiser groups of the trainable parameters; methods exempt from decay what it would distort."""
+        """Optimiser groups of the trainable parameters; methods exempt from decay what it would distort.
+
+        A group may have an "lr_scale", see :func:`set_learning_rate`.
+        """
         return [{"params": list(self.trainable_parameters()), "weight_decay": weight_decay}]
 
     def delta(self) -> dict[str, Tensor]:
@@ -323,6 +326,12 @@ class WholeEncoder(Adaptation):
     def output_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Shape of the encoder's features."""
         return self.network.encoder.output_shape(height, width)
+
+
+def set_learning_rate(groups: Iterable[dict[str, Any]], rate: float) -> None:
+    """Gives every group of an optimiser ``rate`` times its "lr_scale", which is 1 where it has none."""
+    for group in groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
 def as_blocks(encoder: Encoder, method: str) -> BlockEncoder:

@@ -65,7 +65,8 @@ class MidTuning(FineTuning):
 
     def forward(self, image: Tensor, base_features: Mapping[str, Tensor] | None = None) -> Tensor:
         """The encoder's features; stored ones are used only while it is frozen."""
-        if self.unfrozen:
+        # An exported graph has no branches; both phases give the same features of an image.
+        if torch.compiler.is_exporting() or self.unfrozen:
             return super().forward(image)
         return self._frozen_features(image) if base_features is None else base_features[BASE]
 

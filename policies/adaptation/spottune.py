@@ -47,6 +47,9 @@ class SpotTuneConfig(AdaptationConfig):
     policy_norm: PolicyNorm = "group"
     """Normalisation in the policy network: "batch" is the authors'; with it, routes in training depend on the
     batch and are not those of evaluation."""
+    policy_rate: float = 1.0
+    """Learning rate of what chooses the routes, as a multiple of the blocks', above 0; the authors' is 0.1,
+    for SGD. Plain stable_baselines3 algorithms give all parameters one rate."""
     train_ends: bool = False
     """Whether what comes before and after the blocks learns too, as a copy; the authors' does."""
 
@@ -54,6 +57,8 @@ class SpotTuneConfig(AdaptationConfig):
         super().__post_init__()
         if not self.temperature > 0:
             raise ValueError(f"SpotTune temperature {self.temperature}: expected a value above 0")
+        if not self.policy_rate > 0:
+            raise ValueError(f"SpotTune policy_rate {self.policy_rate}: expected a value above 0")
         for name, least in (("policy_width", 1), ("policy_size", 8)):
             value = getattr(self, name)
             if value < least:
@@ -164,6 +169,10 @@ class SpotTune(Adaptation):
             self._tuned_share = routes.detach().mean()
             for route, (frozen, tuned) in zip(routes.unbind(1), paths, strict=True):
                 x = _mix(route, frozen(x), tuned(x))
+        elif torch.compiler.is_exporting():
+            # What an exported graph computes is the same for every image: both paths.
+            for route, (frozen, tuned) in zip(routes.unbind(1), paths, strict=True):
+                x = _mix(route, frozen(x), tuned(x))
         else:
             for rows, (frozen, tuned) in zip(_rows(routes), paths, strict=True):
                 x = _one_path_each(rows, frozen, tuned, x)
@@ -201,14 +210,23 @@ class SpotTune(Adaptation):
         return {} if self._tuned_share is None else {"tuned_share": float(self._tuned_share)}
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """All that learns, and the logits of ``global_k`` apart: decay would only make them all alike."""
-        if self.config.global_k is None:
-            return super().parameter_groups(weight_decay)
-        logits = self.adapter.logits
-        rest = [parameter for parameter in self.trainable_parameters() if parameter is not logits]
+        """The blocks, and what chooses among them apart, for its learning rate.
+
+        The logits of ``global_k`` do not decay, which would only make them all alike.
+        """
+        policy = self.adapter.policy
+        choosing = [self.adapter.logits] if policy is None else list(policy.parameters())
+        ids = {id(parameter) for parameter in choosing}
         return [
-            {"params": rest, "weight_decay": weight_decay},
-            {"params": [logits], "weight_decay": 0.0},
+            {
+                "params": [p for p in self.trainable_parameters() if id(p) not in ids],
+                "weight_decay": weight_decay,
+            },
+            {
+                "params": choosing,
+                "weight_decay": 0.0 if policy is None else weight_decay,
+                "lr_scale": self.config.policy_rate,
+            },
         ]
 
     def chosen_blocks(self, task: str | None = None) -> list[int]:

@@ -506,13 +506,64 @@ def test_an_agent_learns_by_the_routes_that_it_acted_by_and_is_told_where_it_doe
     memory = plan_memory(config, model, [])
     split = load_split(config, "val")
     output = silent()
-    output.print(plan(config, Run(tmp_path), model, split, split, memory))
+    output.print(plan(config, run, model, split, split, memory))
     told = " ".join(output.file.getvalue().split())
     assert (
         "is not the one that acted (rgb: BatchNorm takes its statistics from the batch, routes are drawn)"
         in told
     )
     model.env.close()
+
+
+def test_what_chooses_routes_learns_at_its_own_rate_under_the_schedule_and_after_resuming(room, tmp_path):
+    asked = [
+        "adaptation=spottune",
+        "encoder=resnet_small",
+        "encoder.weights=random",
+        "adaptation.policy_rate=0.1",
+        "algorithm.learning_rate=1e-3",
+        "algorithm.learning_rate_schedule=linear",
+        "algorithm.total_frames=64",
+        "imitation.frames=0",
+        "algorithm.epochs=1",
+        "algorithm.num_minibatches=1",
+        "evaluation.every_frames=0",
+    ]
+    rates, moves = [], []
+    step = torch.optim.Adam.step
+
+    def watched(self, *arguments, **options):
+        groups = self.param_groups
+        before = [[p.detach().clone() for p in group["params"]] for group in groups]
+        step(self, *arguments, **options)
+        rates.append([group["lr"] for group in groups])
+        moves.append(
+            [
+                max(float((p.detach() - old).abs().max()) for p, old in zip(group["params"], olds, strict=True))
+                for group, olds in zip(groups, before, strict=True)
+            ]
+        )
+
+    config = settings(room, tmp_path / "run", *asked)
+    model = make_model(config, load_split(config, "train"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "step", watched)
+        model.learn(96)
+    # The schedule has come a third of the way after the first of three rollouts.
+    assert rates[0] == pytest.approx([2e-3 / 3, 2e-4 / 3, 2e-3 / 3, 2e-3 / 3])
+    assert rates[1] == pytest.approx([rate / 2 for rate in rates[0]])
+    # Adam's steps are at most about the learning rate. Routes matter from the second on, when copies differ.
+    assert moves[0][0] == pytest.approx(rates[0][0], rel=0.02)
+    assert 0.5 * rates[1][1] < moves[1][1] < 1.1 * rates[1][1]
+    other = make_model(config, load_split(config, "train"))
+    other.load_training_state(model.training_state())
+    other.set_logger(model.logger)
+    other._update_learning_rate(other.policy.optimizer)
+    blocks, choosing, *rest = (group["lr"] for group in other.policy.optimizer.param_groups)
+    assert choosing == pytest.approx(0.1 * blocks)
+    assert set(rest) == {blocks}
+    for each in (model, other):
+        each.env.close()
 
 
 def test_weights_that_were_not_fetched_are_named_before_homes_are_made(tmp_path, monkeypatch):

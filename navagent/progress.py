@@ -25,14 +25,15 @@ def measures_line(record: Mapping[str, Any]) -> str:
     """The measures of the newest episodes that a record of metrics holds, as text."""
     parts = []
     for name, label, digits in (
-        ("success", "success", 2),
-        ("spl", "SPL", 2),
-        ("reward_sum", "reward", 2),
-        ("max_geodesic", "paths to", 0),
+        ("imitation/agreement", "like the expert", 2),
+        ("rollout/success", "success", 2),
+        ("rollout/spl", "SPL", 2),
+        ("rollout/reward_sum", "reward", 2),
+        ("rollout/max_geodesic", "paths to", 0),
     ):
-        value = record.get(f"rollout/{name}")
+        value = record.get(name)
         if value is not None:
-            parts.append(f"{label} {value:.{digits}f}" + (" m" if name == "max_geodesic" else ""))
+            parts.append(f"{label} {value:.{digits}f}" + (" m" if name.endswith("geodesic") else ""))
     return "  ".join(parts)
 
 

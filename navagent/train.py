@@ -7,6 +7,7 @@ import dataclasses
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -33,6 +34,7 @@ from navagent.build import (
 from navagent.config import AlgorithmConfig, ConfigError, TrainConfig, started_run, to_yaml
 from navagent.distributed import Launch, RankLostError, Ranks, joined
 from navagent.learning.auxiliary import AuxiliaryConfig
+from navagent.learning.demonstrated import DemonstratedVectorEnv, demonstrated_env, demonstrations_of
 from navagent.learning.fast_paths import CompileMode, FastPaths
 from navagent.learning.imitation import ImitationConfig, MixingSchedule
 from navagent.learning.imitator import Imitator
@@ -118,6 +120,9 @@ def _train(
         # What is made and kept, such as generated homes, is made once.
         train_split = load_split(config, config.scenes.train_split)
         val_split = load_split(config, config.scenes.val_split)
+        if config.imitation.name == "behaviour_cloning":
+            # Where none are given, the expert records them now.
+            console.print(f"demonstrations  {demonstrations_of(config)}", soft_wrap=True)
     own_split = share_of_scenes(config, train_split, ranks)
     check_scenes(own_split.scenes.values())
     # Where all weights are in a checkpoint, the files they started from may be gone.
@@ -216,7 +221,12 @@ def make_model(
     device = training_device(config.device)
     fast_paths, _ = wished_fast_paths(config).available(device)
     # The environment's seed differs from the policy's by name only: each has a generator of its own.
-    envs = make_training_envs(config, split.episodes, split.scenes, ranks)
+    cloning = config.imitation.name == "behaviour_cloning"
+    envs: Sequence[Any] = (
+        [demonstrated_env(config, ranks)]
+        if cloning
+        else make_training_envs(config, split.episodes, split.scenes, ranks)
+    )
     learner, settings = learning_settings(config)
     return learner(
         NavigationPolicy,
@@ -228,7 +238,8 @@ def make_model(
         gamma=algorithm.gamma,
         gae_lambda=algorithm.gae_lambda,
         normalize_returns=algorithm.normalize_returns,
-        vf_coef=algorithm.vf_coef,
+        # Demonstrations do not tell what they were worth.
+        vf_coef=0.0 if cloning else algorithm.vf_coef,
         max_grad_norm=algorithm.max_grad_norm,
         replay_epochs=algorithm.replay_epochs,
         replay_steps=algorithm.replay_steps,
@@ -316,7 +327,7 @@ class Trainer(BaseCallback):
         self.ranks = model.ranks
         model.guard.folder = run.path
         algorithm = config.algorithm
-        self.vector_envs: tuple[PointNavVectorEnv, ...] = model.env.vector_envs  # type: ignore[union-attr]
+        self.vector_envs: tuple[Any, ...] = model.env.vector_envs  # type: ignore[union-attr]
         self.curriculum: PathLengthCurriculum | None = None
         if algorithm.curriculum != "none":
             self.curriculum = PathLengthCurriculum(
@@ -416,11 +427,19 @@ class Trainer(BaseCallback):
         if self.saved_frames < 0:
             # A run that cannot save should fail now, and one that is killed needs nothing but this to go on.
             self.save(last=True)
+        self._measure_beginning()
         self._begun_at = time.monotonic()
         self._begun_frames = self.model.num_timesteps
         # All ranks know the same time: they decide alike, since each has a part of the state.
         kept = self._update_seconds >= KEPT_FROM_SECONDS and self._begun_frames != self.saved_frames
         self._begun = pack(self._state()) if kept else None
+
+    def _measure_beginning(self) -> None:
+        """Evaluates an agent that begins as another, once: what it learns should not be less than that."""
+        begins = self.model.num_timesteps == 0 and self.best_spl < 0
+        if begins and self.config.start_from is not None and self.config.evaluation.every_frames:
+            self.evaluate()
+            self._clock = time.monotonic()
 
     def _on_step(self) -> bool:
         self._stop_if_pressed()
@@ -725,13 +744,18 @@ def plan(
     network = f"; {config.encoder.name} ({weights} weights) with {config.adaptation.name}" if eyes else ""
     algorithm, ranks = config.algorithm, model.ranks
     processes = f" in each of {ranks.size} processes" if ranks.size > 1 else ""
-    own = len(model.env.vector_envs[0].sampler.scene_ids)  # type: ignore[union-attr]
-    shard = f", {own} in this process" if own < len(train_split.scenes) else ""
+    world = model.env.vector_envs[0]  # type: ignore[union-attr]
+    shard = ""
+    if hasattr(world, "sampler") and len(world.sampler.scene_ids) < len(train_split.scenes):
+        shard = f", {len(world.sampler.scene_ids)} in this process"
     imitation = config.imitation
     taught = "taught by an expert that knows the shortest path"
     lesson = f"{imitation.frames:,} {taught}, then PPO" if imitation.frames else "PPO"
     if algorithm.name == "imitation":
         lesson = f"all {taught}, by {imitation.name.replace('_', ' ')}"
+    if isinstance(world, DemonstratedVectorEnv):
+        passes = algorithm.total_frames / world.stream.steps_per_pass
+        lesson += f" from {world.stream.num_demonstrations:,} demonstrations, {passes:.3g} times each"
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim")
     table.add_column(overflow="fold")

@@ -6,6 +6,8 @@ behaviour cloning needs no loop of its own: the expert's action in each state is
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +15,18 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
+from envs.files import cache_dir
+from navagent.config import TrainConfig, as_typed, flatten
+from navagent.demonstrations.open import open_stream
+from navagent.demonstrations.recorded import read_demonstrations
+from navagent.demonstrations.recording import RecordOptions, record_demonstrations
 from navagent.demonstrations.stream import DemonstratedStep, DemonstrationStream
+from navagent.distributed import Ranks
 
 Observations = dict[str, Tensor]
+
+OWN_DEMONSTRATIONS = 1000
+"""How many the expert records where the settings name neither demonstrations nor a number."""
 
 
 class DemonstratedVectorEnv(VectorEnv[Observations, Any, Any]):
@@ -75,3 +86,44 @@ class DemonstratedVectorEnv(VectorEnv[Observations, Any, Any]):
     def close_extras(self, **kwargs: Any) -> None:
         """Closes the stream."""
         self.stream.close()
+
+
+def demonstrations_of(config: TrainConfig) -> Path:
+    """The demonstrations that the settings name; where they name none, the expert's, recorded into the cache.
+
+    What is there already is not recorded again, and an interrupted recording goes on.
+    """
+    imitation = config.imitation
+    if imitation.demos is not None:
+        return Path(imitation.demos).expanduser()
+    number = imitation.num_demos or OWN_DEMONSTRATIONS
+    world = [
+        f"{name}={as_typed(value)}"
+        for name, value in flatten(config).items()
+        if name.partition(".")[0] in ("scenes", "env")
+    ]
+    key = hashlib.sha256("\n".join(world).encode()).hexdigest()[:16]
+    path = cache_dir() / "demonstrations" / f"expert-{key}.demos"
+    if path.exists() and len(read_demonstrations(path)) >= number:
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = (*world, f"device={config.device}", f"num_threads={config.num_threads}")
+    record_demonstrations(RecordOptions(str(path), work, number=number))
+    return path
+
+
+def demonstrated_env(config: TrainConfig, ranks: Ranks) -> DemonstratedVectorEnv:
+    """The settings' demonstrations as an environment of ``algorithm.num_envs`` agents, in each of ``ranks``.
+
+    Raises:
+        DemonstrationError: they cannot be used, see :func:`navagent.demonstrations.open.open_stream`.
+        ValueError: there are fewer demonstrations than agents, or than ``imitation.num_demos``.
+    """
+    with ranks.one_before_others():
+        path = demonstrations_of(config)
+    number = config.imitation.num_demos
+    if config.imitation.demos is None:
+        # The file may hold more, of an earlier run, and hardly ever the expert misses the goal.
+        number = min(number or OWN_DEMONSTRATIONS, int(read_demonstrations(path).success.sum()))
+    stream = open_stream(config, path, config.algorithm.num_envs, count=number, seed=config.seed, ranks=ranks)
+    return DemonstratedVectorEnv(stream)

@@ -87,6 +87,8 @@ class PPO(SequenceLearner):
         else:
             self.policy.set_training_mode(True)
             self._optimise(self._passes(), self._objective, self._diverged)
+        if self.imitation.anchor_frames and self.rollout_phase != "imitation":
+            self.logger.record("imitation/anchor_weight", self.imitation.anchor_weight(self.num_timesteps))
         self.logger.record("train/clip_range", self.clip_range(self._current_progress_remaining))  # type: ignore[operator]
 
     def _diverged(self, record: dict[str, Tensor], kind: str) -> bool:

@@ -1,0 +1,278 @@
+"""``navagent imitate``: DAgger, behaviour cloning, and PPO that begins as an imitated agent."""
+
+import io
+import signal
+
+import pytest
+import torch
+from one_room import write_one_room
+from rich.console import Console
+from test_train import interrupt_after, numbers
+
+from navagent.cli import main
+from navagent.config import ConfigError, load_config
+from navagent.demonstrations.recorded import read_demonstrations
+from navagent.evaluation.report import reproduce_command
+from navagent.learning.demonstrated import demonstrations_of
+from navagent.runs import CheckpointError, Run, read_checkpoint
+from navagent.train import teaching, train
+
+FRAMES = 4 * 32
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory):
+    return write_one_room(tmp_path_factory.mktemp("room"), num_train=24, num_val=4)
+
+
+@pytest.fixture(autouse=True)
+def _cheap(monkeypatch, tmp_path_factory):
+    draw = "navagent.evaluation.report.draw_curves"
+    monkeypatch.setattr(draw, lambda records, path, *_: path.write_bytes(b"a picture"))
+    monkeypatch.setenv("NAVAGENT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def words(room, path, *overrides):
+    return [
+        f"scenes.dataset={room}",
+        f"run_dir={path}",
+        "encoder.weights=random",
+        "sensors.height=16",
+        "sensors.width=16",
+        "memory.hidden_size=16",
+        "encoder.image_features=16",
+        "env.max_steps=60",
+        f"algorithm.total_frames={FRAMES}",
+        "algorithm.num_envs=4",
+        "algorithm.num_steps=8",
+        "algorithm.num_minibatches=2",
+        "evaluation.every_frames=0",
+        "evaluation.num_episodes=4",
+        "evaluation.num_envs=2",
+        "evaluation.final_episodes=0",
+        *overrides,
+    ]
+
+
+def silent():
+    return Console(file=io.StringIO(), width=200)
+
+
+def imitate(room, path, *overrides, console=None):
+    return train(load_config(words(room, path, *overrides), "imitate"), console or silent())
+
+
+METHODS = {
+    "dagger online": (),
+    "dagger aggregated, exponential": (
+        "imitation.schedule=exponential",
+        "imitation.decay=0.5",
+        "algorithm.replay_epochs=2",
+        "algorithm.replay_steps=20",
+    ),
+    "cloning": ("imitation=behaviour_cloning", "imitation.num_demos=10", "memory=frame_stack"),
+    "stop is automatic": ("env.stop=automatic", "memory=none"),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_imitation_that_was_stopped_goes_on_as_if_it_had_not_been(room, tmp_path, monkeypatch, method):
+    whole = imitate(room, tmp_path / "whole", *METHODS[method])
+    records = [record for record in whole.read_metrics() if "imitation/loss" in record]
+    assert [record["rollout/phase"] for record in records] == ["imitation"] * 4
+    assert records[-1]["imitation/loss"] < records[0]["imitation/loss"]
+    assert ("replay/agreement" in records[-1]) == ("aggregated" in method)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        interrupt_after(patch, 2, signal.SIGTERM)
+        output = silent()
+        imitate(room, tmp_path / "stopped", *METHODS[method], console=output)
+    stopped = Run(tmp_path / "stopped")
+    assert len(stopped.read_metrics()) == 2
+    assert f"navagent imitate resume={stopped.path}" in " ".join(output.file.getvalue().split())
+    resumed = train(load_config([f"resume={stopped.path}"], "imitate"), silent())
+    assert numbers(resumed) == numbers(whole)
+    assert "navagent imitate" in reproduce_command(load_config([f"resume={whole.path}"]))
+
+
+def test_cloning_records_its_own_demonstrations_once_and_says_so(room, tmp_path):
+    console = silent()
+    asked = "imitation=behaviour_cloning", "imitation.num_demos=10", f"algorithm.total_frames={32}"
+    imitate(room, tmp_path / "first", *asked, console=console)
+    file = demonstrations_of(load_config(words(room, tmp_path / "x", *asked), "imitate"))
+    assert len(read_demonstrations(file)) == 10
+    told = " ".join(console.file.getvalue().split())
+    assert f"demonstrations {file}" in told
+    assert "by behaviour cloning from 10 demonstrations" in told
+    before = file.stat().st_mtime_ns
+    imitate(room, tmp_path / "fewer", *asked[:1], "imitation.num_demos=5", asked[2])
+    assert file.stat().st_mtime_ns == before
+    # Asked for by name, they are the same.
+    named = imitate(room, tmp_path / "named", *asked, f"imitation.demos={file}")
+    assert numbers(named) == numbers(Run(tmp_path / "first"))
+
+
+def test_more_agents_than_demonstrations_are_refused(room, tmp_path):
+    with pytest.raises(ValueError, match="4 agents side by side for 3 demonstrations"):
+        imitate(room, tmp_path / "run", "imitation=behaviour_cloning", "imitation.num_demos=3")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_settings_of_the_mixture_reach_it(room, tmp_path):
+    asked = words(
+        room, tmp_path, "imitation.schedule=exponential", "imitation.decay=0.25", "imitation.share=0.5"
+    )
+    config = teaching(load_config([*asked, "imitation.final_share=0.1", "imitation.alone=0.25"], "imitate"))
+    assert [config.expert_share(frames) for frames in (0, 31, 32, 64, 95, 96)] == [
+        0.5,
+        0.5,
+        0.125,
+        0.1,
+        0.1,
+        0.0,
+    ]
+    assert teaching(load_config(words(room, tmp_path, "imitation.frames=50"))).frames == 50
+
+
+@pytest.fixture(scope="module")
+def imitated(room, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        draw = "navagent.evaluation.report.draw_curves"
+        patch.setattr(draw, lambda records, path, *_: path.write_bytes(b"a picture"))
+        return imitate(room, tmp_path_factory.mktemp("runs") / "imitated", "evaluation.every_frames=128")
+
+
+REINFORCED = (
+    f"algorithm.total_frames={4 * 32}",
+    "algorithm.num_envs=4",
+    "algorithm.num_steps=8",
+    "algorithm.num_minibatches=2",
+    "algorithm.critic_warmup_frames=64",
+    "algorithm.anchor_frames=64",
+    "evaluation.every_frames=0",
+    "evaluation.num_episodes=4",
+    "evaluation.num_envs=2",
+    "evaluation.final_episodes=0",
+)
+
+
+def reinforced(imitated, path, *overrides):
+    return load_config([f"start_from={imitated.path}", f"run_dir={path}", *REINFORCED, *overrides])
+
+
+def test_ppo_begins_as_the_imitated_agent_and_its_critic_learns_first(imitated, tmp_path, monkeypatch):
+    policies = []
+    from navagent.train import Trainer
+
+    original = Trainer.on_update_end
+
+    def watched(self):
+        policies.append({name: value.clone() for name, value in self.model.policy.state_dict().items()})
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "on_update_end", watched)
+    run = train(reinforced(imitated, tmp_path / "run"), silent())
+    began = read_checkpoint(imitated.checkpoint("best"))["policy"]
+    for state in policies[:2]:
+        moved = {name for name in began if not torch.equal(state[name], began[name])}
+        assert moved == {"value_net.weight", "value_net.bias"}
+    assert not torch.equal(policies[2]["action_net.weight"], began["action_net.weight"])
+    records = [record for record in run.read_metrics() if "train/loss" in record]
+    assert [record["rollout/phase"] for record in records] == ["critic"] * 2 + ["ppo"] * 2
+    # The pull begins where the critic has learned, and falls.
+    assert "imitation/divergence" not in records[0]
+    assert "imitation/divergence" in records[2]
+    weights = [record["imitation/anchor_weight"] for record in records]
+    assert weights[0] == weights[1] == pytest.approx(0.3)
+    assert weights[1] > weights[2] > weights[3]
+
+
+def test_an_imitated_agent_is_measured_before_it_is_reinforced(imitated, tmp_path):
+    run = train(reinforced(imitated, tmp_path / "run", "evaluation.every_frames=64"), silent())
+    evaluated = [record["frames"] for record in run.read_metrics() if "eval/spl" in record]
+    assert evaluated == [0, 64, 128]
+    stopped = load_config([f"resume={run.path}", f"algorithm.total_frames={5 * 32}"])
+    train(stopped, silent())
+    again = [record["frames"] for record in run.read_metrics() if "eval/spl" in record]
+    assert again == [0, 64, 128, 160]
+
+
+def test_reinforcing_is_resumed_exactly(imitated, tmp_path, monkeypatch):
+    whole = train(reinforced(imitated, tmp_path / "whole"), silent())
+    for updates in (1, 3):
+        path = tmp_path / str(updates)
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            interrupt_after(patch, updates, signal.SIGTERM)
+            train(reinforced(imitated, path), silent())
+        assert numbers(train(load_config([f"resume={path}"]), silent())) == numbers(whole)
+
+
+def test_the_agents_settings_are_those_of_the_run_it_begins_as(imitated, room, tmp_path):
+    config = reinforced(imitated, tmp_path)
+    assert (config.sensors.height, config.memory.hidden_size, config.env.max_steps) == (16, 16, 60)
+    assert config.scenes.dataset == str(room)
+    assert (config.imitation.frames, config.algorithm.anchor_coef) == (0, 0.3)
+    assert reinforced(imitated, tmp_path, "env.max_steps=20").env.max_steps == 20
+    file = imitated.checkpoint("latest")
+    assert load_config([f"start_from={file}"]).sensors.height == 16
+    # Another experiment is taken as it is.
+    assert load_config([f"start_from={file}", "experiment=quick"]).algorithm.anchor_coef == 0.0
+    # DAgger can go on where cloning ended.
+    assert load_config([f"start_from={file}"], "imitate").algorithm.name == "imitation"
+    for word in ("sensors=depth", "memory=lstm", "adaptation.alpha=0.25", "env.stop=automatic"):
+        with pytest.raises(ConfigError, match=r"which the agent of start_from=.* has; leave it out"):
+            reinforced(imitated, tmp_path, word)
+
+
+def test_what_is_no_run_is_not_begun_from(imitated, tmp_path):
+    with pytest.raises(ConfigError, match="neither the folder of a run nor one of its"):
+        load_config(["start_from=/no/such/run"])
+    empty = Run.create(tmp_path / "empty", imitated.config_path.read_text())
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        train(reinforced(empty, tmp_path / "run"), silent())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["imitation=dager"], "did you mean 'dagger'?"),
+        (["imitation.decay=1.5"], "imitation.decay=1.5 is out of range: expected below 1"),
+        (["imitation.schedule=cubic"], "not one of linear, exponential, constant"),
+        (["algorithm.clip_range=0.3"], "algorithm.clip_range=0.3 means nothing with algorithm=imitation"),
+        (["imitation.frames=7"], "imitation.frames=7 means nothing with algorithm=imitation"),
+        (["imitation.demos=x"], "imitation.demos=x means nothing with imitation=dagger"),
+        (
+            ["imitation=behaviour_cloning", "imitation.demos=/no.demos"],
+            "imitation.demos=/no.demos is not there",
+        ),
+        (
+            ["imitation=behaviour_cloning", "imitation.decay=0.5"],
+            "means nothing with imitation=behaviour_cloning",
+        ),
+        (["imitation=behaviour_cloning", "algorithm.curriculum=linear"], "plays none"),
+        (["algorithm.replay_steps=9"], "replay_epochs=0 and algorithm.replay_steps=9"),
+        (["--frames=3"], "see `navagent imitate --help`"),
+    ],
+)
+def test_wrong_arguments_are_one_message_and_status_2(arguments, message, capsys, monkeypatch):
+    monkeypatch.setenv("NAVAGENT_DEBUG", "0")
+    assert main(["imitate", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_cloning_does_not_come_before_ppo_in_one_run(capsys, monkeypatch):
+    monkeypatch.setenv("NAVAGENT_DEBUG", "0")
+    assert main(["train", "imitation=behaviour_cloning"]) == 2
+    assert "then `navagent train start_from=RUN`" in capsys.readouterr().err
+
+
+def test_help_shows_the_verbs_own_defaults(capsys):
+    assert main(["imitate", "--help"]) == 0
+    told = capsys.readouterr().out
+    assert "* algorithm=imitation" in told
+    assert "scenes.num=150" in told
+    assert "imitation.alone=0.0" in told
+    assert main(["train", "--help"]) == 0
+    told = capsys.readouterr().out
+    assert "* algorithm=ppo" in told
+    assert "scenes.num=40" in told

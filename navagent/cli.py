@@ -514,6 +514,38 @@ def _reference(arguments: Sequence[str]) -> int:
     return run(options.folder, options.json)
 
 
+def _export(arguments: Sequence[str]) -> int:
+    parser = command_parser(
+        "export",
+        "Writes a trained policy as ONNX, with a JSON card of its sensors, actions and preprocessing, for "
+        "robots that have neither navagent nor PyTorch. What is written is compared with PyTorch over 200 "
+        "steps first. Needs: pip install 'navagent[onnx]'",
+        """
+        navagent export runs/RUN
+        navagent export runs/RUN --out robot
+        navagent export runs/RUN --out robot --check
+        """,
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a training run")
+    parser.add_argument("--out", metavar="DIR", help="folder of the two files (default: RUN/export)")
+    parser.add_argument(
+        "--checkpoint", metavar="WHICH", default="best", help="best (default), latest or a number of frames"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing: compare what was exported before with the run"
+    )
+    options = parser.parse_args(arguments)
+    from navagent.export import check_export, export_run
+
+    work = check_export if options.check else export_run
+    folder, agreement = work(options.run, options.out, options.checkpoint)
+    print(
+        f"{folder}: as in PyTorch over {agreement.steps} steps, largest difference "
+        f"{agreement.largest_difference:.1e}, the same action in {agreement.same_actions}"
+    )
+    return 0
+
+
 def _doctor(arguments: Sequence[str]) -> int:
     from navagent.doctor.command import doctor
 
@@ -531,6 +563,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "adapt": (_adapt, "list what adaptation methods cost; distil side networks; compare all methods"),
     "bench": (_bench, "measure how fast training is, beside other learners"),
     "reference": (_reference, "hold the simulator against recordings of real Habitat"),
+    "export": (_export, "write a policy as ONNX, with a card, for robots without navagent"),
     "doctor": (_doctor, "check the installation, and say what is wrong and how to mend it"),
 }
 """Each verb with what runs it and one line on what it is for."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -244,18 +245,26 @@ def _contender_config(run: Run, config: TrainConfig) -> TrainConfig:
 
 
 def load_policy(run: Run, env: PointNavVectorEnv, checkpoint: str | int = "best") -> NavigationPolicy:
-    """The policy saved in a run's checkpoint, ready to act in ``env``.
+    """The policy saved in a run's checkpoint, ready to act in ``env``; see :func:`restore_policy`."""
+    policy = restore_policy(run, env.single_observation_space, env.single_action_space, checkpoint)
+    return policy.to(env.simulator.device)
+
+
+def restore_policy(
+    run: Run,
+    observation_space: spaces.Space[Any],
+    action_space: spaces.Space[Any],
+    checkpoint: str | int = "best",
+) -> NavigationPolicy:
+    """The policy saved in a run's checkpoint, on the CPU, for an agent of these spaces.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or it does not fit the run's settings or ``env``.
+        CheckpointError: there is no such checkpoint, or it does not fit the run's settings or the spaces.
     """
     config = read_config(run.config_path)
     # All weights are in the checkpoint; the files they started from may be gone.
     policy = NavigationPolicy(
-        env.single_observation_space,
-        env.single_action_space,
-        lambda _: 0.0,
-        **policy_settings(config, restored=True),
+        observation_space, action_space, lambda _: 0.0, **policy_settings(config, restored=True)
     )
     state = run.load_checkpoint(checkpoint)
     try:
@@ -264,7 +273,7 @@ def load_policy(run: Run, env: PointNavVectorEnv, checkpoint: str | int = "best"
         raise CheckpointError(
             f"{run.checkpoint(checkpoint)}: does not fit the settings in {run.config_path}: {error}"
         ) from None
-    return policy.to(env.simulator.device)
+    return policy
 
 
 def _evaluate(

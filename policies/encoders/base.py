@@ -76,7 +76,7 @@ class InputSpec:
             )
             if self.interpolation == "bicubic":
                 # Bicubic filters overshoot at edges; image libraries clip to what a byte can hold.
-                pixels = pixels.clamp(0, maximum)
+                pixels = pixels.clamp(0.0, maximum)
         if target != self.size:
             rows, columns = self.size
             # Halves round to the even number, as in torchvision's centre crop.

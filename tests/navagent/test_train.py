@@ -539,7 +539,10 @@ def test_what_chooses_routes_learns_at_its_own_rate_under_the_schedule_and_after
         rates.append([group["lr"] for group in groups])
         moves.append(
             [
-                max(float((p.detach() - old).abs().max()) for p, old in zip(group["params"], olds, strict=True))
+                max(
+                    float((p.detach() - old).abs().max())
+                    for p, old in zip(group["params"], olds, strict=True)
+                )
                 for group, olds in zip(groups, before, strict=True)
             ]
         )

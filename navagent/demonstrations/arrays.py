@@ -88,6 +88,8 @@ def writing(folder: Path) -> Iterator[ArrayWriter | None]:
         try:
             yield ArrayWriter(partial)
             partial.rename(folder)
+            # Whoever waited for it, or comes later with a lock of its own, finds the folder.
+            Path(lock.name).unlink(missing_ok=True)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 

@@ -8,9 +8,8 @@ INSTALLED := $(VENV)/.installed
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+$(INSTALLED): pyproject.toml constraints.txt deploy/install.sh
+	PYTHON=$(PYTHON) deploy/install.sh $(VENV) --editable '.[dev]'
 	touch $@
 
 # Generated homes, a frozen encoder, a side-tuned PPO agent, an evaluation on unseen homes, a report.

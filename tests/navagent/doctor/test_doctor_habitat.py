@@ -1,5 +1,7 @@
 """What is said of Habitat's packages and of the devices that they render on."""
 
+from pathlib import Path
+
 import pytest
 
 from navagent.doctor.child import Answer
@@ -112,3 +114,10 @@ def test_egl_devices_are_held_against_the_gpus(answer, gpus, wanted, variables, 
     finding = judge_egl(answer, gpus, wanted, variables)
     assert finding.level == level
     assert words in f"{finding.found} {finding.mend}"
+
+
+def test_the_documentation_explains_every_known_error():
+    text = (Path(__file__).parents[3] / "docs" / "habitat.md").read_text()
+    for known in KNOWN:
+        assert known.meaning in text
+        assert any(explain(line) is known for line in text.splitlines())

@@ -219,6 +219,37 @@ def _evaluate(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _compare(arguments: Sequence[str]) -> int:
+    parser = command_parser(
+        "compare",
+        "Holds the first of several finished runs against the others: success and SPL on the same unseen "
+        "episodes in a table with 95 % intervals and differences, and a plot against all frames that were "
+        "trained, those of the run that one began as (start_from) included. Runs that were evaluated on "
+        "different episodes are refused.",
+        """
+        navagent compare runs/REINFORCED runs/IMITATED runs/PPO
+        navagent compare both=runs/REINFORCED imitation=runs/IMITATED ppo=runs/PPO --out runs/comparison
+        """,
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run, or NAME=FOLDER")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        default="comparison",
+        help="folder for table.md, plot.png and results.json (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--split",
+        metavar="NAME",
+        help="evaluation to compare, a folder under RUN/evaluation (default: the run's val split)",
+    )
+    options = parser.parse_args(arguments)
+    from navagent.evaluation.compare import CompareOptions, compare_runs
+
+    compare_runs(CompareOptions(tuple(options.runs), options.out, options.split))
+    return 0
+
+
 def _pretrain(arguments: Sequence[str]) -> int:
     parser = command_parser(
         "pretrain",
@@ -556,6 +587,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (_train, "train an agent: homes, imitation, PPO, evaluation, report"),
     "imitate": (_imitate, "train an agent from an expert alone: DAgger or behaviour cloning"),
     "evaluate": (_evaluate, "measure a trained agent, with maps, videos and other agents beside it"),
+    "compare": (_compare, "hold finished runs against each other, on one plot and in one table"),
     "pretrain": (_pretrain, "train a perception encoder on the simulator's ground truth"),
     "demos": (_demos, "record, replay and exchange demonstrations of the expert, an agent or a person"),
     "scenes": (_scenes, "generate homes to navigate; draw scenes"),

@@ -4,6 +4,7 @@
 
     RUN/config.yaml                       the resolved settings
     RUN/versions.json                     what it ran on
+    RUN/origin.json                       of a run that began as another's agent: which, after how many frames
     RUN/metrics.jsonl                     one line an update
     RUN/checkpoints/000001048576.safetensors   by frames; best.safetensors is the best one
     RUN/tensorboard/  RUN/evaluation/  RUN/curves.png  RUN/report.html
@@ -29,6 +30,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -228,6 +230,18 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What the agent of a run began as."""
+
+    run: str
+    """Folder of the run whose agent it was."""
+    checkpoint: str
+    """Name of the checkpoint's file."""
+    frames: int
+    """Frames that were trained before: by that run, and by those that it began as in its turn."""
+
+
 class Run:
     """The folder of one training run.
 
@@ -244,8 +258,11 @@ class Run:
             raise RunError(f"{self.path}: not the folder of a run: it has no config.yaml")
 
     @classmethod
-    def create(cls, path: str | Path, config: str) -> Run:
-        """Makes the folder, with the resolved settings ``config`` as YAML text; refuses one in use."""
+    def create(cls, path: str | Path, config: str, origin: Origin | None = None) -> Run:
+        """Makes the folder, with the resolved settings ``config`` as YAML text; refuses one in use.
+
+        ``origin`` is what its agent begins as, None for an agent of its own.
+        """
         path = Path(path)
         if (path / "config.yaml").exists():
             raise RunError(
@@ -253,6 +270,9 @@ class Run:
             )
         with atomic_write(path / "versions.json") as temporary:
             temporary.write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")
+        if origin is not None:
+            with atomic_write(path / "origin.json") as temporary:
+                temporary.write_text(json.dumps(asdict(origin), indent=2) + "\n", encoding="utf-8")
         with atomic_write(path / "config.yaml") as temporary:
             temporary.write_text(config, encoding="utf-8")
         return cls(path)
@@ -323,6 +343,25 @@ class Run:
         except ValueError as error:
             raise RunError(f"{file}: not JSON ({error}); delete it to do without") from None
         return found if isinstance(found, dict) else {}
+
+    @property
+    def origin(self) -> Origin | None:
+        """What its agent began as; None for an agent of its own."""
+        file = self.path / "origin.json"
+        if not file.is_file():
+            return None
+        try:
+            found = Origin(**json.loads(file.read_text(encoding="utf-8")))
+            if not isinstance(found.frames, int):
+                raise TypeError(f"frames are {found.frames!r}")
+        except (ValueError, TypeError) as error:
+            raise RunError(f"{file}: does not say what the run began as ({error})") from None
+        return found
+
+    @property
+    def trained_frames(self) -> int:
+        """Frames that it has trained itself, as far as its metrics tell."""
+        return max((record["frames"] for record in self.read_metrics()), default=0)
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Adds one line to the metrics; numbers that are not finite become null, as JSON has none.

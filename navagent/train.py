@@ -51,7 +51,7 @@ from navagent.learning.updates import SequenceLearner
 from navagent.memory_estimate import MemoryPlan, check_scenes, feature_storage, plan_memory
 from navagent.preemption import URGENT, Stopped, StopSignals
 from navagent.progress import TrainingProgress, duration
-from navagent.runs import CheckpointError, Packed, Run, RunError, pack, read_checkpoint
+from navagent.runs import CheckpointError, Origin, Packed, Run, RunError, pack, read_checkpoint
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -130,15 +130,16 @@ def _train(
     model = make_model(config, own_split, ranks, restored)
     assert model.env is not None
     stack.callback(model.env.close)
+    origin: Origin | None = None
     if state is None and config.start_from is not None:
-        begin_as(model, config)
+        origin = begin_as(model, config)
     memory = plan_memory(config, model, val_split.scenes.values())
     memory.check()
     # Not before everything is built: what fails by then should leave no folder behind.
     if config.resume is None:
         path = ""
         if ranks.first:
-            run = Run.create(_run_dir(config), to_yaml(config))
+            run = Run.create(_run_dir(config), to_yaml(config), origin)
             stack.enter_context(run.claimed())
             path = str(run.path)
         run = Run(ranks.broadcast(path))
@@ -190,8 +191,8 @@ def verb(config: TrainConfig) -> str:
     return "imitate" if config.algorithm.name == "imitation" else "train"
 
 
-def begin_as(model: SequenceLearner, config: TrainConfig) -> None:
-    """Gives the model's policy the weights of the agent that ``start_from`` names.
+def begin_as(model: SequenceLearner, config: TrainConfig) -> Origin:
+    """Gives the model's policy the weights of the agent that ``start_from`` names, and tells what it was.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is of another agent.
@@ -202,8 +203,12 @@ def begin_as(model: SequenceLearner, config: TrainConfig) -> None:
     state = read_checkpoint(file)
     try:
         model.policy.load_state_dict(state["policy"])
+        # Which of a run's checkpoints is the best is known when all of it was trained.
+        frames = int(state["frames"]) if given.is_file() else run.trained_frames
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{file}: does not fit the settings of {run.config_path}: {error}") from None
+    before = run.origin.frames if run.origin is not None else 0
+    return Origin(str(run.path.resolve()), file.name, before + frames)
 
 
 def make_model(

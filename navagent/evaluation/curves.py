@@ -1,4 +1,4 @@
-"""Training curves from a run's metrics."""
+"""Training curves from a run's metrics, and those of several runs on one plot."""
 
 from __future__ import annotations
 
@@ -101,16 +101,111 @@ def draw_curves(
     ]
     columns = min(3, max(1, len(shown)))
     rows = max(1, -(-len(shown) // columns))
-    figure = Figure(figsize=(4.1 * columns, 2.9 * rows), dpi=110, facecolor=theme.paper)
-    FigureCanvasAgg(figure)
-    figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
+    figure = _figure(4.1 * columns, 2.9 * rows, theme)
     if not shown:
         figure.text(0.5, 0.5, "no update yet", ha="center", color=theme.faint)
     for index, panel in enumerate(shown):
         axes = figure.add_subplot(rows, columns, index + 1)
         _draw_panel(axes, panel, records, baselines or {}, theme)
+    _save(figure, path, theme)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What evaluations found of one agent while it was trained, and at the end."""
+
+    name: str
+    records: Records
+    """Lines of ``metrics.jsonl``."""
+    before: int = 0
+    """Frames that were trained before the first line."""
+    final: Mapping[str, Estimate] | None = None
+    """Measures of the final evaluation."""
+    beginning: tuple[Curve, ...] = ()
+    """Those of the runs that it began as, drawn dashed."""
+
+    @property
+    def frames(self) -> float:
+        """Frames trained in all."""
+        return self.before + max((float(record["frames"]) for record in self.records), default=0.0)
+
+
+COLOURS = ("#1f56c4", "#d9730d", "#2a8f5c", "#8b4fc4", "#c2378f", "#8a6d1a", "#2596a8", "#6b7280")
+"""Of the curves of several runs, by turns; they differ in brightness too."""
+
+
+def draw_comparison(curves: Sequence[Curve], path: str | Path, theme: Theme = LIGHT) -> None:
+    """Draws success and SPL on unseen homes against all frames that an agent was trained on, as PNG."""
+    figure = _figure(10.6, 4.4, theme)
+    for index, (measure, title) in enumerate((("success", "success"), ("spl", "SPL"))):
+        axes = figure.add_subplot(1, 2, index + 1)
+        _prepare(axes, f"{title} in unseen homes, 95 % intervals", theme)
+        for number, curve in enumerate(curves):
+            colour = COLOURS[number % len(COLOURS)]
+            for earlier in curve.beginning:
+                _draw_evaluations(axes, measure, earlier.records, colour, None, earlier.before, dashed=True)
+            _draw_evaluations(axes, measure, curve.records, colour, None, curve.before)
+            # Named even where nothing was evaluated while training.
+            axes.plot([], [], color=colour, marker="o", markersize=4, linewidth=1.6, label=curve.name)
+            if curve.final is not None:
+                _draw_final(axes, curve.final[measure], curve.frames, colour)
+        axes.set_xlabel("frames in all (diamonds: final evaluation)", color=theme.faint)
+        axes.xaxis.label.set_fontsize(8)
+        axes.set_ylim(-0.02, 1.02)
+        axes.set_xlim(left=0)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=min(4, max(1, len(labels))),
+        fontsize=8,
+        frameon=False,
+        labelcolor=theme.ink,
+    )
+    _save(figure, path, theme)
+
+
+def _draw_final(axes: Axes, value: Estimate, frames: float, colour: str) -> None:
+    if math.isfinite(value.mean):
+        spread = [[max(0.0, value.mean - value.low)], [max(0.0, value.high - value.mean)]]
+        axes.errorbar(
+            [frames],
+            [value.mean],
+            yerr=spread,
+            color=colour,
+            marker="D",
+            markersize=7,
+            markerfacecolor="none",
+            linewidth=0,
+            elinewidth=1,
+            capsize=3,
+        )
+
+
+def _figure(width: float, height: float, theme: Theme) -> Figure:
+    """An empty figure of so many inches."""
+    figure = Figure(figsize=(width, height), dpi=110, facecolor=theme.paper)
+    FigureCanvasAgg(figure)
+    figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
+    return figure
+
+
+def _save(figure: Figure, path: str | Path, theme: Theme) -> None:
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", facecolor=theme.paper)
+
+
+def _prepare(axes: Axes, title: str, theme: Theme) -> None:
+    """What the axes of all plots over frames have in common."""
+    axes.set_facecolor(theme.paper)
+    axes.set_title(title, color=theme.ink, fontsize=10, loc="left", fontweight="bold")
+    axes.grid(color=theme.grid, linewidth=0.8)
+    axes.tick_params(colors=theme.faint, labelsize=8, length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlabel("frames", color=theme.faint, fontsize=8)
 
 
 def _draw_panel(
@@ -120,14 +215,7 @@ def _draw_panel(
     baselines: Mapping[str, Mapping[str, Estimate]],
     theme: Theme,
 ) -> None:
-    axes.set_facecolor(theme.paper)
-    axes.set_title(panel.title, color=theme.ink, fontsize=10, loc="left", fontweight="bold")
-    axes.grid(color=theme.grid, linewidth=0.8)
-    axes.tick_params(colors=theme.faint, labelsize=8, length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set_xlabel("frames", color=theme.faint, fontsize=8)
+    _prepare(axes, panel.title, theme)
     _shade_imitation(axes, records, theme)
     colours = (theme.training, *theme.others[1:], theme.others[0])
     for (key, label), colour in zip(panel.lines, colours, strict=False):
@@ -135,7 +223,7 @@ def _draw_panel(
         if len(frames):
             axes.plot(frames, values, color=colour, linewidth=1.4, label=label or None)
     if panel.evaluation:
-        _draw_evaluations(axes, panel.evaluation, records, theme)
+        _draw_evaluations(axes, panel.evaluation, records, theme.evaluation, "unseen homes, 95 %")
         for (name, summary), colour in zip(baselines.items(), theme.others, strict=False):
             level = summary[panel.evaluation].mean
             if math.isfinite(level):
@@ -150,27 +238,40 @@ def _draw_panel(
         axes.legend(fontsize=7, frameon=False, labelcolor=theme.ink, loc="best")
 
 
-def _draw_evaluations(axes: Axes, name: str, records: Records, theme: Theme) -> None:
-    done = [record for record in records if isinstance(record.get(f"eval/{name}"), (int, float))]
-    if not done:
+def evaluations(records: Records, measure: str) -> NDArray[np.float64]:
+    """Frames, mean, and lower and upper end of the interval, of each evaluation while training: (K, 4)."""
+    names = ("frames", f"eval/{measure}", f"eval/{measure}_low", f"eval/{measure}_high")
+    done = [record for record in records if isinstance(record.get(names[1]), (int, float))]
+    rows = [[record.get(name) for name in names] for record in done]
+    # What is not known is None, which becomes NaN.
+    return np.array(rows, dtype=np.float64).reshape(-1, 4)
+
+
+def _draw_evaluations(
+    axes: Axes,
+    measure: str,
+    records: Records,
+    colour: str,
+    label: str | None,
+    before: int = 0,
+    dashed: bool = False,
+) -> None:
+    """Draws the evaluations of a run, ``before`` frames further right."""
+    frames, means, low, high = evaluations(records, measure).T
+    if not len(frames):
         return
-    frames = [record["frames"] for record in done]
-    means = np.array([record[f"eval/{name}"] for record in done], dtype=np.float64)
-    low, high = (
-        np.array([record.get(f"eval/{name}_{end}", np.nan) for record in done], dtype=np.float64)
-        for end in ("low", "high")
-    )
     axes.errorbar(
-        frames,
+        before + frames,
         means,
         yerr=np.nan_to_num(np.stack([means - low, high - means]).clip(min=0)),
-        color=theme.evaluation,
+        color=colour,
         marker="o",
-        markersize=4,
+        markersize=2.5 if dashed else 4,
         linewidth=1.6,
+        linestyle=(0, (4, 3)) if dashed else "solid",
         elinewidth=1,
         capsize=2,
-        label="unseen homes, 95 %",
+        label=label,
     )
 
 

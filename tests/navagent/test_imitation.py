@@ -1,16 +1,23 @@
+import math
+from dataclasses import replace
+
 import pytest
 import torch
-from learning_world import LineVecEnv, LineWorld, RecurrentPolicy
+from learning_world import LineVecEnv, LineWorld, MemorylessPolicy, RecurrentPolicy
 
+from navagent.distributed import Ranks
 from navagent.learning.imitation import (
     Anchor,
     ExpertMixture,
     ImitationConfig,
     divergence,
     imitation_loss,
+    imitation_objective,
     inflection_weights,
 )
+from navagent.learning.imitator import Imitator
 from navagent.learning.ppo import PPO
+from navagent.learning.rollout import SequenceBuffer
 
 
 def choose(mix, *step):
@@ -82,6 +89,167 @@ def test_the_loss_is_the_weighted_mean_of_cross_entropies():
     assert agreement == (logits.argmax(-1) == expert).float().mean()
 
 
+class LeakyPolicy(MemorylessPolicy):
+    """Remembers h = leak * h + x, from 0 in every episode; its logits are h times four weights."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.leak = torch.nn.Parameter(torch.tensor(0.7))
+        self.weights = torch.nn.Parameter(torch.tensor([0.3, -0.2, 0.5, 0.1]))
+        self.optimizer = torch.optim.SGD([self.leak, self.weights], lr=1.0)
+
+    def initial_memory(self, n):
+        return torch.zeros(n)
+
+    def act(self, obs, memory, episode_starts, deterministic=False, frozen=None):
+        memory = self.leak * memory * ~episode_starts + obs["offset"][:, 0]
+        distribution = torch.distributions.Categorical(logits=memory[:, None] * self.weights)
+        actions = distribution.sample()
+        nothing = torch.zeros(len(memory))
+        return actions, nothing, nothing, memory, {}, distribution.logits
+
+    def evaluate_sequences(self, obs, actions, memory, episode_starts, frozen=None):
+        memories = []
+        for step, starts in enumerate(episode_starts):
+            memory = self.leak * memory * ~starts + obs["offset"][step, :, 0]
+            memories.append(memory)
+        nothing = torch.zeros(actions.shape)
+        return nothing, nothing, nothing, torch.stack(memories)[..., None] * self.weights
+
+
+def loss_by_hand(leak, weights, batch, inflection_weight):
+    """The loss of some sequences in plain Python, from the memory that each began with."""
+    total = counted = 0.0
+    steps, envs = batch.expert_actions.shape
+    for env in range(envs):
+        memory = batch.memory[env].item()
+        for step in range(steps):
+            if batch.episode_starts[step, env]:
+                memory = 0.0
+            memory = leak * memory + batch.observations["offset"][step, env, 0].item()
+            label = batch.expert_actions[step, env].item()
+            entropy = math.log(sum(math.exp(memory * w) for w in weights)) - memory * weights[label]
+            weight = 1.0
+            if step and not batch.episode_starts[step, env] and label != batch.expert_actions[step - 1, env]:
+                weight = inflection_weight
+            total, counted = total + weight * entropy, counted + weight
+    return total / counted
+
+
+def test_loss_and_gradient_of_a_sequence_with_resets_are_those_computed_by_hand():
+    model = Imitator(
+        LeakyPolicy,
+        LineVecEnv(LineWorld(num_envs=3, max_steps=4)),
+        n_steps=7,
+        n_minibatches=1,
+        n_epochs=1,
+        learning_rate=1.0,
+        max_grad_norm=1e9,
+        vf_coef=0.0,
+        seed=0,
+        device="cpu",
+        imitation=ImitationConfig(frames=42, final_share=0.5, inflection_weight=2.5),
+    )
+    model.learn(21)
+    model._total_timesteps = 42
+    callback = model._setup_learn(21, None, reset_num_timesteps=False)[1]
+    assert model.collect_rollouts(model.env, callback, model.rollout_buffer, 7)
+    (batch,) = model.rollout_buffer.minibatches(1)
+    # Episodes that go on from the rollout before, with what is remembered of them, and others that begin.
+    going_on = ~batch.episode_starts[0]
+    assert (batch.memory[going_on] != 0).all()
+    assert going_on.any()
+    assert batch.episode_starts[1:].any()
+    policy = model.policy
+    numbers = [policy.leak.item(), *policy.weights.tolist()]
+    loss, record = imitation_objective(
+        policy.evaluate_sequences(batch.observations, batch.actions, batch.memory, batch.episode_starts)[3],
+        torch.zeros_like(batch.returns),
+        replace(batch, returns=torch.zeros_like(batch.returns)),
+        model.imitation,
+        0.5,
+    )
+    by_hand = loss_by_hand(numbers[0], numbers[1:], batch, 2.5)
+    assert loss.item() == pytest.approx(by_hand, rel=1e-5)
+    assert record["imitation/loss"].item() == pytest.approx(by_hand, rel=1e-5)
+    # Back-propagation ends where the rollout began: what was remembered then is a number like others.
+    gradient = []
+    for place in range(5):
+        ends = []
+        for change in (1e-5, -1e-5):
+            moved = [number + change * (index == place) for index, number in enumerate(numbers)]
+            ends.append(loss_by_hand(moved[0], moved[1:], batch, 2.5))
+        gradient.append((ends[0] - ends[1]) / 2e-5)
+    model._current_progress_remaining = 1.0
+    model.train()
+    after = [policy.leak.item(), *policy.weights.tolist()]
+    assert [b - a for a, b in zip(after, numbers, strict=True)] == pytest.approx(gradient, abs=2e-5)
+
+
+def test_what_pads_a_rollout_that_ended_early_is_not_learned():
+    generator = torch.Generator().manual_seed(0)
+
+    def step(envs=3):
+        offsets = torch.randn(envs, 2, generator=generator)
+        labels = torch.randint(0, 4, (envs,), generator=generator)
+        return offsets, labels, torch.rand(envs, generator=generator) < 0.3
+
+    def filled(buffer, steps):
+        buffer.start(torch.ones(3))
+        for offsets, labels, starts in steps:
+            nothing = torch.zeros(3)
+            buffer.add({"offset": offsets}, labels, nothing, starts, nothing, nothing, expert_actions=labels)
+        buffer.finish(torch.zeros(3), torch.zeros(3, dtype=torch.bool), 0.9, 0.9)
+        return next(buffer.minibatches(1))
+
+    steps = [step() for _ in range(4)]
+    padded = SequenceBuffer(9, 3)
+    filled(
+        padded, [(offsets * 1e6, labels, starts) for offsets, labels, starts in (step() for _ in range(9))]
+    )
+    batch, exact = filled(padded, steps), filled(SequenceBuffer(4, 3), steps)
+    assert batch.samples == 12
+    losses = []
+    for each in (batch, exact):
+        logits = each.observations["offset"][..., :1] * torch.tensor([0.3, -0.2, 0.5, 0.1])
+        losses.append(imitation_loss(logits, each.expert_actions, each.episode_starts, 2.5)[0])
+    assert losses[0] == losses[1]
+    # Without memory, each step's logits are the offset times the weights.
+    assert losses[0].item() == pytest.approx(loss_by_hand(0.0, [0.3, -0.2, 0.5, 0.1], batch, 2.5), rel=1e-5)
+
+
+class OneOfTwo(Ranks):
+    """A process whose sums another one adds to."""
+
+    size = 2
+
+    def __init__(self, weights, steps):
+        self.others = torch.tensor([weights, steps])
+
+    def sum(self, values):
+        return values + self.others
+
+
+def test_sequences_of_several_processes_weigh_as_in_one_and_stand_ins_nothing():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 4, 4, generator=generator)
+    expert = torch.randint(0, 4, (5, 4), generator=generator)
+    starts = torch.rand(5, 4, generator=generator) < 0.2
+    whole, _ = imitation_loss(logits, expert, starts, 3.0)
+    weights = inflection_weights(expert, starts, 3.0)
+    parts = (slice(0, 3), slice(3, 4))
+    mean = 0.0
+    for own, other in (parts, parts[::-1]):
+        ranks = OneOfTwo(weights[:, other].sum().item(), weights[:, other].numel())
+        samples = weights[:, own].numel()
+        loss, _ = imitation_loss(logits[:, own], expert[:, own], starts[:, own], 3.0, ranks, samples)
+        mean += loss * samples / weights.numel()
+    torch.testing.assert_close(mean, whole)
+    # Where the other process's sequence only stands in, all is as if there were this one.
+    alone, _ = imitation_loss(logits, expert, starts, 3.0, OneOfTwo(0.0, 0.0), weights.numel())
+    torch.testing.assert_close(alone, whole)
+
+
 def test_divergence_is_zero_for_equals_and_as_torch_has_it():
     logits, other = torch.randn(3, 2, 4), torch.randn(3, 2, 4)
     assert divergence(logits, logits).abs() < 1e-6
@@ -129,6 +297,73 @@ def test_the_anchor_stays_as_it_was_and_shares_what_is_frozen():
         assert torch.equal(value, imitated[name])
     assert model.anchor.policy.base.weight is model.policy.base.weight
     assert not torch.equal(model.policy.actor.weight, imitated["actor.weight"])
+    assert all(parameter.requires_grad for parameter in model.policy.actor.parameters())
+
+
+def test_the_anchors_weight_falls_along_a_line_after_the_critics_frames():
+    config = ImitationConfig(frames=100, critic_warmup_frames=50, anchor_coef=0.4, anchor_frames=200)
+    weights = [config.anchor_weight(frames) for frames in (0, 99, 100, 149, 150, 200, 250, 350, 10**6)]
+    assert weights == pytest.approx([0, 0, 0.4, 0.4, 0.4, 0.3, 0.2, 0, 0])
+    assert [config.critic_alone(frames) for frames in (99, 100, 149, 150)] == [False, True, True, False]
+    assert ImitationConfig(anchor_coef=0.4).anchor_weight(0) == 0
+
+
+def test_the_anchor_adds_its_weight_times_the_divergence_to_the_loss():
+    """KL(reference || policy) of an even reference is -log A - mean log p, and its gradient p - 1 / A."""
+    model = learner(frames=256, anchor_coef=0.4, anchor_frames=1024)
+    model.learn(512)
+    assert model.imitation.anchor_weight(model.num_timesteps) == pytest.approx(0.3)
+    batch = next(model.rollout_buffer.minibatches(1))
+    values, log_probs, entropy, logits = (
+        part.detach()
+        for part in model.policy.evaluate_sequences(
+            batch.observations, batch.actions, batch.memory, batch.episode_starts, batch.frozen
+        )
+    )
+    logits.requires_grad_(True)
+    evaluation = (values, log_probs, entropy, logits)
+    without, _ = model._objective(evaluation, replace(batch, reference_logits=None))
+    even = replace(batch, reference_logits=torch.zeros_like(logits))
+    loss, record = model._objective(evaluation, even)
+    probabilities = torch.log_softmax(logits.detach(), -1)
+    divergence_by_hand = -math.log(4) - probabilities.mean()
+    torch.testing.assert_close(record["imitation/divergence"], divergence_by_hand)
+    torch.testing.assert_close(loss - without, 0.3 * divergence_by_hand)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(gradient, 0.3 * (probabilities.exp() - 0.25) / batch.samples)
+
+
+class CriticPolicy(RecurrentPolicy):
+    """One that tells which parameters are its critic's own."""
+
+    def critic_parameters(self):
+        return self.critic.parameters()
+
+
+def test_in_the_critics_frames_it_alone_takes_the_step_of_its_square_error():
+    model = PPO(
+        CriticPolicy,
+        LineVecEnv(LineWorld(num_envs=4)),
+        n_steps=8,
+        n_minibatches=1,
+        n_epochs=1,
+        learning_rate=0.1,
+        max_grad_norm=1e9,
+        vf_coef=0.5,
+        seed=0,
+        device="cpu",
+        imitation=ImitationConfig(critic_warmup_frames=32),
+    )
+    model.policy.optimizer = torch.optim.SGD(model.policy.optimizer.param_groups[0]["params"], lr=0.1)
+    before = {name: value.clone() for name, value in model.policy.state_dict().items()}
+    model.learn(32)
+    batch = next(model.rollout_buffer.minibatches(1))
+    # With a weight of 1/2, the gradient of the mean square in the bias is the mean error.
+    error = (batch.values - batch.returns).mean()
+    after = model.policy.state_dict()
+    torch.testing.assert_close(after["critic.bias"], before["critic.bias"] - 0.1 * error)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"critic.weight", "critic.bias"}
     assert all(parameter.requires_grad for parameter in model.policy.actor.parameters())
 
 

@@ -55,9 +55,14 @@ class Episode:
     @property
     def start_yaw(self) -> float:
         """Starting heading about +Y [rad], 0 looking along -Z."""
-        x, y, z, w = self.start_rotation
-        # The third column of the rotation is where the agent's backward axis (+Z) points.
-        return math.atan2(2.0 * (x * z + w * y), 1.0 - 2.0 * (x * x + y * y))
+        return heading_of(self.start_rotation)
+
+
+def heading_of(rotation: Sequence[float]) -> float:
+    """The heading about +Y [rad], 0 looking along -Z, of a unit quaternion ``(x, y, z, w)``."""
+    x, y, z, w = rotation
+    # The third column of the rotation is where the agent's backward axis (+Z) points.
+    return math.atan2(2.0 * (x * z + w * y), 1.0 - 2.0 * (x * x + y * y))
 
 
 def read_dataset(split_file: str | Path, scenes: Sequence[str] | None = None) -> list[Episode]:

@@ -8,12 +8,11 @@ differ.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from envs.noise import ActuationNoise
 from envs.simulators.base import Action, Simulator
 
 MOVED_ATOL = 1e-4
@@ -199,6 +198,13 @@ class Measures:
             setattr(self, name, state[name].to(current.device, current.dtype).reshape(current.shape).clone())
 
 
+class Motion(Protocol):
+    """What moves agents in place of the simulator's exact moves, as :class:`envs.noise.ActuationNoise`."""
+
+    def step(self, simulator: Simulator, actions: Tensor) -> Tensor:
+        """Moves every agent by its action (N,) int64 and returns who collided: (N,) bool."""
+
+
 class TaskStep(NamedTuple):
     """Outcome of one step of every agent."""
 
@@ -216,14 +222,14 @@ class PointNavTask:
     Args:
         simulator: where the agents live; the task moves them.
         config: the variant's rules.
-        actuation: motion noise in place of the simulator's exact moves.
+        actuation: motion in place of the simulator's exact moves.
     """
 
     def __init__(
         self,
         simulator: Simulator,
         config: PointNavConfig | None = None,
-        actuation: ActuationNoise | None = None,
+        actuation: Motion | None = None,
     ) -> None:
         self.simulator = simulator
         self.config = config or PointNavConfig()

@@ -5,14 +5,36 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from envs.episodes import Episode
 from envs.sensors import point_goal
 from envs.simulators.base import Action
 from envs.vector_env import PointNavVectorEnv
+
+
+class Draws(Protocol):
+    """Random numbers for agents' choices, step by step."""
+
+    def draw(self, episode_starts: Tensor) -> Tensor:
+        """The next step's numbers, exponentially distributed: (N, choices).
+
+        ``episode_starts`` (N,) bool says for whom an episode starts with this step.
+        """
+
+
+def seeded_numbers(name: str, steps: int, choices: int) -> Tensor:
+    """Exponentially distributed numbers that belong to ``name`` alone: (steps, choices)."""
+    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest())
+    return torch.zeros(steps, choices).exponential_(generator=torch.Generator().manual_seed(seed))
+
+
+def episode_name(seed: int, episode: Episode) -> str:
+    """What the random numbers of an episode belong to."""
+    return f"{seed} {episode.scene_id} {episode.episode_id}"
 
 
 class EpisodeNoise:
@@ -28,16 +50,12 @@ class EpisodeNoise:
         self._step = torch.zeros(env.num_envs, dtype=torch.int64)
 
     def draw(self, episode_starts: Tensor) -> Tensor:
-        """The next step's numbers, exponentially distributed: (N, choices).
-
-        ``episode_starts`` (N,) bool says for whom an episode starts with this step.
-        """
+        """See :class:`Draws`."""
         env = self._env
         for agent in episode_starts.nonzero().flatten().tolist():
             episode = env.sampler.episodes[env.current_episodes()[agent]]
-            name = f"{self._seed} {episode.scene_id} {episode.episode_id}"
-            seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest())
-            self._numbers[agent].exponential_(generator=torch.Generator().manual_seed(seed))
+            steps, choices = self._numbers.shape[1:]
+            self._numbers[agent] = seeded_numbers(episode_name(self._seed, episode), steps, choices)
             self._step[agent] = 0
         now = self._step.clamp(max=self._numbers.shape[1] - 1)
         self._step += 1
@@ -53,7 +71,7 @@ class Agent(ABC):
     def begin(self, env: PointNavVectorEnv, seed: int) -> None:
         """Gets ready for the N agents of ``env``; ``seed`` is of what is drawn at random."""
         self.env = env
-        self.noise = EpisodeNoise(env, seed, env.config.num_actions)
+        self.noise: Draws = EpisodeNoise(env, seed, env.config.num_actions)
 
     @abstractmethod
     def act(self, observations: dict[str, Any], episode_starts: Tensor) -> Tensor:
@@ -74,8 +92,13 @@ class PolicyAgent(Agent):
     def begin(self, env: PointNavVectorEnv, seed: int) -> None:
         """Clears the memory."""
         super().begin(env, seed)
+        self.start(env.num_envs, self.noise)
+
+    def start(self, num_agents: int, noise: Draws) -> None:
+        """Clears the memory of N agents, in whatever world they are; ``noise`` draws their actions."""
+        self.noise = noise
         self.policy.set_training_mode(False)
-        self.memory = self.policy.initial_memory(env.num_envs)
+        self.memory = self.policy.initial_memory(num_agents)
 
     @torch.inference_mode()
     def act(self, observations: dict[str, Any], episode_starts: Tensor) -> Tensor:

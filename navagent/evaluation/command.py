@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,13 +19,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from envs.episodes import Episode
 from envs.files import atomic_write
+from envs.make import split_file
 from envs.vector_env import PointNavVectorEnv
 from navagent.build import (
     Split,
-    load_split,
+    dataset_dir,
     make_vector_env,
     policy_settings,
     read_split,
+    scenes_dir,
     training_device,
 )
 from navagent.config import ConfigError, SensorsConfig, TrainConfig, nearest, read_config
@@ -75,6 +77,9 @@ class EvaluateOptions:
     """Episodes with a video."""
     device: str = "auto"
     """cpu, cuda or auto."""
+    official: bool = False
+    """Whether habitat-lab's own environment and measures are asked too, see
+    :mod:`navagent.evaluation.official`."""
 
     def __post_init__(self) -> None:
         if self.episodes is not None and self.episodes < 1:
@@ -110,7 +115,7 @@ def evaluate_run(
     """Evaluates a run and others beside it; returns the folder of the results.
 
     Writes ``summary.json``, ``episodes.jsonl``, ``maps/``, ``views/`` and ``videos/`` there, and the run's
-    ``report.html`` anew.
+    ``report.html`` anew. With ``official``, see :func:`navagent.evaluation.official.evaluate_official`.
 
     Args:
         options: What is asked for.
@@ -121,15 +126,19 @@ def evaluate_run(
         with joined(lambda: training_device(options.device)) as together:
             return evaluate_run(options, console, together)
     console = console or Console()
+    if options.official:
+        from navagent.evaluation.official import evaluate_official
+
+        return evaluate_official(options, console, ranks)
     run = Run(options.run)
     config = dataclasses.replace(read_config(run.config_path), device=options.device)
     contenders = parse_agents(options.agents, run)
     # A broken checkpoint should be found before the first agent has run for minutes.
     checkpoints = {c.name: c.run.checkpoint(options.checkpoint) for c in contenders if c.run is not None}
-    split = _split(options, config)
+    split = read_split(*split_source(options, config))
     episodes = spread(split.episodes, options.episodes or len(split.episodes))
     scenes = {episode.scene_id: split.scenes[episode.scene_id] for episode in episodes}
-    results = _evaluate(contenders, config, ranks.share(episodes), scenes, options)
+    results = evaluate_contenders(contenders, config, ranks.share(episodes), scenes, options)
     results = {name: gathered(found, ranks) for name, found in results.items()}
     out = Path(options.out) if options.out else run.path / "evaluation" / split.name
     if not ranks.first:
@@ -137,21 +146,12 @@ def evaluate_run(
     out.mkdir(parents=True, exist_ok=True)
     summaries = {name: summarise(found, options.seed) for name, found in results.items()}
     shown = contenders[0]
-    shown_config = config if shown.run is None else _contender_config(shown.run, config)
+    shown_config = config if shown.run is None else contender_config(shown.run, config)
     pictures = _draw(results[shown.name], split, shown_config, options, out)
     left = departures(results[shown.name]).to_json()
     left["homes"] = _draw_departures(results[shown.name], split, shown_config, options, out)
     first, *others = results.values()
-    summary: dict[str, Any] = {
-        "split": split.name,
-        "dataset": options.dataset or config.scenes.dataset,
-        "task": config.env.name,
-        "episodes": len(episodes),
-        "scenes": len(scenes),
-        "seed": options.seed,
-        "deterministic": options.deterministic,
-        "checkpoints": {name: file.name for name, file in checkpoints.items()},
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+    summary = what_was_evaluated(options, config, split.name, episodes, checkpoints) | {
         "agents": {name: to_json(summary) for name, summary in summaries.items()},
         "difference": {
             found[0].agent: to_json(
@@ -161,16 +161,42 @@ def evaluate_run(
         },
         "departures": left,
         "pictures": pictures,
-        "command": as_command(options),
     }
-    write_results([result for found in results.values() for result in found], out / "episodes.jsonl")
-    with atomic_write(out / "summary.json") as temporary:
-        temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_evaluation(out, summary, [result for found in results.values() for result in found])
     title = f"{run.path.name} on {split.name}: {len(episodes)} episodes in {len(scenes)} scenes"
     console.print(results_table(summaries, title, console.width))
     report = write_report(run)
     console.print(f"results  {out}\nreport   {report}", soft_wrap=True)
     return out
+
+
+def what_was_evaluated(
+    options: EvaluateOptions,
+    config: TrainConfig,
+    split: str,
+    episodes: Sequence[Episode],
+    checkpoints: Mapping[str, Path],
+) -> dict[str, Any]:
+    """What a ``summary.json`` says besides the results."""
+    return {
+        "split": split,
+        "dataset": options.dataset or config.scenes.dataset,
+        "task": config.env.name,
+        "episodes": len(episodes),
+        "scenes": len({episode.scene_id for episode in episodes}),
+        "seed": options.seed,
+        "deterministic": options.deterministic,
+        "checkpoints": {name: file.name for name, file in checkpoints.items()},
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": as_command(options),
+    }
+
+
+def write_evaluation(out: Path, summary: Mapping[str, Any], results: Sequence[EpisodeResult]) -> None:
+    """Writes ``summary.json`` and ``episodes.jsonl`` into an evaluation's folder."""
+    write_results(results, out / "episodes.jsonl")
+    with atomic_write(out / "summary.json") as temporary:
+        temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
 def as_command(options: EvaluateOptions) -> str:
@@ -217,12 +243,14 @@ def parse_agents(text: str, run: Run) -> list[Contender]:
     return contenders
 
 
-def _split(options: EvaluateOptions, config: TrainConfig) -> Split:
+def split_source(options: EvaluateOptions, config: TrainConfig) -> tuple[Path, Path, str]:
+    """The file of the episodes, the folder that their scenes' ids start from, and the split's name."""
     if options.dataset is None:
-        return load_split(config, options.split or config.scenes.val_split)
+        name = options.split or config.scenes.val_split
+        return split_file(dataset_dir(config), name), scenes_dir(config), name
     file = Path(options.dataset).resolve()
     scenes = options.scenes or config.scenes.scenes_dir or file.parent.parent.parent
-    return read_split(file, Path(scenes).expanduser(), split_name(file))
+    return file, Path(scenes).expanduser(), split_name(file)
 
 
 def split_name(file: Path) -> str:
@@ -232,7 +260,7 @@ def split_name(file: Path) -> str:
     return "-".join(dict.fromkeys(filter(None, (above.parent.name, above.name, name))))
 
 
-def _contender_config(run: Run, config: TrainConfig) -> TrainConfig:
+def contender_config(run: Run, config: TrainConfig) -> TrainConfig:
     """The settings under which a run's agent is evaluated: its own senses, but the task of ``config``."""
     own = read_config(run.config_path)
     return dataclasses.replace(
@@ -276,7 +304,14 @@ def restore_policy(
     return policy
 
 
-def _evaluate(
+def evaluation_progress() -> Progress:
+    """Bars of finished episodes, where somebody watches."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    terminal = Console(stderr=True)
+    return Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal)
+
+
+def evaluate_contenders(
     contenders: Sequence[Contender],
     config: TrainConfig,
     episodes: list[Episode],
@@ -299,16 +334,14 @@ def _evaluate(
         )
 
     results: dict[str, list[EpisodeResult]] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    terminal = Console(stderr=True)
-    with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
+    with evaluation_progress() as progress:
         for contender in contenders:
             task = progress.add_task(contender.name, total=len(episodes))
             if contender.run is None:
                 env = shared = shared or environment(blind)
                 agent: Agent = BASELINES[contender.name]()
             else:
-                env = environment(_contender_config(contender.run, config))
+                env = environment(contender_config(contender.run, config))
                 policy = load_policy(contender.run, env, options.checkpoint)
                 agent = PolicyAgent(policy, contender.name, options.deterministic)
             try:

@@ -172,14 +172,23 @@ def _evaluate(arguments: Sequence[str]) -> int:
     parser = command_parser(
         "evaluate",
         "Measures a trained agent on a split of PointNav episodes: a table with 95 % intervals, one JSON "
-        "line an episode, maps with its paths, videos, and other agents beside it.",
+        "line an episode, maps with its paths, videos, and other agents beside it. With --official, "
+        "habitat-lab's own environment and measures are asked as well, and both are shown side by side.",
         """
         navagent evaluate runs/RUN
         navagent evaluate runs/RUN --agents run,random,expert --episodes 500 --videos 4
         navagent evaluate runs/RUN --dataset gibson/v1/val/val.json.gz --scenes scene_datasets
+        navagent evaluate runs/RUN --official --episodes 100
+        navagent evaluate runs/RUN --official --agents run,other=runs/OTHER
         """,
     )
     parser.add_argument("run", metavar="RUN", help="folder of a training run")
+    parser.add_argument(
+        "--official",
+        action="store_true",
+        help="evaluate through habitat-lab too: its numbers, ours for the same actions, and ours of the "
+        "built-in simulator; draws nothing, and needs habitat-sim and habitat-lab",
+    )
     where = parser.add_argument_group("episodes")
     where.add_argument(
         "--split", metavar="NAME", help="split of the run's own data set (default: its val split)"
@@ -193,9 +202,8 @@ def _evaluate(arguments: Sequence[str]) -> int:
     who.add_argument(
         "--agents",
         metavar="NAMES",
-        default="run,random,expert",
         help="with commas: run, random, forward, goal, expert, or the folder of another run "
-        "(default: %(default)s)",
+        "(default: run,random,expert; with --official run, as that takes trained agents only)",
     )
     who.add_argument(
         "--checkpoint", metavar="WHICH", default="best", help="best, latest or a number of frames"
@@ -208,14 +216,20 @@ def _evaluate(arguments: Sequence[str]) -> int:
     parser.set_defaults(deterministic=False)
     who.add_argument("--seed", metavar="N", type=int, default=0, help="seed of drawn actions and intervals")
     what = parser.add_argument_group("output")
-    what.add_argument("--out", metavar="DIR", help="folder of the results (default: RUN/evaluation/SPLIT)")
+    what.add_argument(
+        "--out",
+        metavar="DIR",
+        help="folder of the results (default: RUN/evaluation/SPLIT, or SPLIT-official)",
+    )
     what.add_argument("--maps", metavar="K", type=int, default=8, help="maps with the path (default: 8)")
     what.add_argument("--videos", metavar="K", type=int, default=2, help="videos (default: 2)")
     what.add_argument("--device", default="auto", help="cpu, cuda, or auto (default)")
-    options = parser.parse_args(arguments)
+    values = vars(parser.parse_args(arguments))
+    if values["agents"] is None:
+        values["agents"] = "run" if values["official"] else "run,random,expert"
     from navagent.evaluation.command import EvaluateOptions, evaluate_run
 
-    evaluate_run(EvaluateOptions(**vars(options)))
+    evaluate_run(EvaluateOptions(**values))
     return 0
 
 

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from policies.adaptation.alpha import Alpha, DenseAlpha
-from policies.adaptation.layout import feature_channels
+from policies.adaptation.layout import VectorBatchNorm, feature_channels
 
 FusionName = Literal[
     "alpha", "base", "side", "sum", "product", "film", "mlp", "mlp2", "resmlp2", "mlp_hidden", "concat"
@@ -304,15 +304,6 @@ class _Scale(nn.Module):
         return x * self.scale
 
 
-class _BatchNorm(nn.BatchNorm1d):
-    """BatchNorm that takes a batch of one in training too: with the statistics kept so far."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and len(x) == 1:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        return super().forward(x)
-
-
 class _Pointwise(nn.Sequential):
     """Layers of 1x1 convolutions, on maps or token by token."""
 
@@ -325,7 +316,7 @@ def _layer(shape: tuple[int, ...]) -> nn.Module:
     channels = feature_channels(shape)
     if len(shape) == 1:
         return nn.Sequential(
-            nn.Linear(channels, channels), _BatchNorm(channels), nn.ReLU(), nn.Linear(channels, channels)
+            nn.Linear(channels, channels), VectorBatchNorm(channels), nn.ReLU(), nn.Linear(channels, channels)
         )
     return _Pointwise(
         _Scale(),

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from policies.adaptation.base import DEFAULT_TASK, Adaptation, AdaptationConfig, FrozenEncoder
+from policies.adaptation.layout import VectorBatchNorm
 from policies.adaptation.side_network import DropPath, SideNetwork, SideNorm
 from policies.encoders import Encoder
 from policies.encoders.vit import TransformerBlock, VisionTransformer
@@ -150,7 +151,7 @@ class HierarchicalAdapter(nn.Module):
             config.drop_path,
         )
         self.norm = (
-            nn.BatchNorm1d(dims[-1], eps=1e-6, affine=False)
+            VectorBatchNorm(dims[-1], eps=1e-6, affine=False)
             if config.norm == "batch"
             else nn.LayerNorm(dims[-1], 1e-6, elementwise_affine=False)
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from policies.encoders.base import Encoder, device_of
@@ -29,3 +30,13 @@ def pointwise(shape: Sequence[int], inputs: int, outputs: int, bias: bool = True
     if len(shape) == 2:
         return nn.Linear(inputs, outputs, bias=bias)
     return nn.Conv2d(inputs, outputs, 1, bias=bias)
+
+
+class VectorBatchNorm(nn.BatchNorm1d):
+    """BatchNorm of vectors that takes a batch of one in training too: with the statistics kept so far."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised vectors (N, C) of vectors (N, C)."""
+        if self.training and len(x) == 1:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(x)

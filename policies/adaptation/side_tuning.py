@@ -33,7 +33,7 @@ from policies.adaptation.fusion import (
     make_fusion,
 )
 from policies.adaptation.layout import PROBE, feature_channels
-from policies.encoders import Encoder, make_encoder
+from policies.encoders import Encoder, make_encoder, weights_path
 from policies.weights import read_weights
 
 SideInit = Literal["copy", "distilled", "random", "low_energy", "zero"]
@@ -74,7 +74,8 @@ class SideTuningConfig(AdaptationConfig):
     not end in a ReLU, for no gradient passes one at 0. BatchNorm in a side network that starts random learns
     its statistics from the batches: in PPO the network that learns would differ from the one that acted."""
     side_weights: str | None = None
-    """File of a side network distilled from the base; required by, and only for, "distilled"."""
+    """Weights of a side network distilled from the base, a file or a name in the catalogue; required by, and
+    only for, "distilled"."""
     stack: Stack = "single"
     """How tasks in sequence relate: each with the base alone; each fused with the base and the side networks
     of all earlier tasks (dense; weights by softmax where the fusion is alpha); or each on top of what the
@@ -240,7 +241,8 @@ class SideTuning(Adaptation):
         if config.side_init == "copy" and own is None:
             Encoder.load_tensors(side, self.base.encoder.state_dict(), "the base")
         elif config.side_weights is not None and not self._restored:
-            side.load_tensors(read_weights(config.side_weights).tensors, config.side_weights)
+            path = weights_path(side.name, side.input_spec.channels, config.side_weights)
+            side.load_tensors(read_weights(path).tensors, str(path))
         elif config.side_init == "low_energy":
             side.scale_outputs(LOW_ENERGY)
         elif config.side_init == "zero" and not self._restored:

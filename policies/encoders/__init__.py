@@ -59,9 +59,14 @@ def default_weights(name: str, channels: int = 3) -> Path:
     return catalogue_path(entry.name)
 
 
-def _weights_path(name: str, channels: int, weights: str) -> Path:
-    """The file of weights given by their name in the catalogue or by a path."""
-    path = Path(weights)
+def weights_path(name: str, channels: int, weights: str) -> Path:
+    """The file of an encoder's weights, given by their name in the catalogue or by a path.
+
+    Raises:
+        ValueError: for a name that is not in the catalogue, whose file is not here, or whose weights are for
+            another encoder.
+    """
+    path = Path(weights).expanduser()
     if weights not in catalogue() and (path.exists() or path.name != weights or path.suffix):
         return path
     entry = find_entry(weights)
@@ -98,6 +103,6 @@ def make_encoder(name: str, channels: int = 3, weights: str | Path = "default") 
         encoder.load_members([read_weights(path).tensors for path in paths])
         return encoder
     default = str(weights) == "default"
-    path = default_weights(name, channels) if default else _weights_path(name, channels, str(weights))
+    path = default_weights(name, channels) if default else weights_path(name, channels, str(weights))
     encoder.load_tensors(read_weights(path).tensors, str(path))
     return encoder

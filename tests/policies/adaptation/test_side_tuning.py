@@ -135,6 +135,14 @@ def test_a_distilled_side_starts_from_its_file(image, tmp_path):
         torch.testing.assert_close(method.side(image), student(student.preprocess(image)), rtol=0, atol=0)
 
 
+def test_a_distilled_side_may_be_named_as_in_the_catalogue(image):
+    method = make(side_init="distilled", side_weights="fcn5_small-normals-rgb")
+    shipped = make_encoder("fcn5_small").eval()
+    torch.testing.assert_close(method.side(image), shipped(shipped.preprocess(image)), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"'vit_mini-normals-rgb' are for vit_mini, .* not for 'fcn5_small'"):
+        make(side_init="distilled", side_weights="vit_mini-normals-rgb")
+
+
 def test_a_zero_side_adds_exactly_nothing_and_learns(image):
     method = make(side_init="zero", fusion="sum").train()
     assert torch.equal(method(image), method.base(image))

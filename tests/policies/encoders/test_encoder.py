@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from policies.encoders import ENCODERS, InputSpec, default_weights, make_encoder
+from policies.weights import save_safetensors
 
 
 @pytest.fixture
@@ -55,6 +56,15 @@ def test_unknown_encoder_names_the_nearest():
 def test_weights_of_another_network_are_refused_by_tensor(network, weights_dir):
     with pytest.raises(ValueError, match=r"resnet44_cifar.pth does not fit FCN5: missing: conv1.0.weight"):
         make_encoder("fcn5_small", weights=weights_dir / "resnet44_cifar.pth")
+
+
+def test_weights_may_lie_in_the_home_folder(network, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with torch.no_grad():
+        network.conv1[1].weight.mul_(2)
+    save_safetensors(tmp_path / "mine.safetensors", network.state_dict())
+    read = make_encoder("fcn5_small", weights="~/mine.safetensors")
+    assert torch.equal(read.conv1[1].weight, network.conv1[1].weight)
 
 
 def test_weights_of_another_width_are_refused_by_shape(network):

@@ -71,7 +71,7 @@ class Alpha(nn.Module):
             self.logit = nn.Parameter(torch.tensor(_logit(schedule.start)))
         else:
             self.value: Tensor
-            self.register_buffer("value", torch.tensor(schedule(0, 1)))
+            self.register_buffer("value", torch.tensor(float(schedule(0, 1))))
 
     def forward(self) -> Tensor:
         """Alpha: ()."""

@@ -178,7 +178,7 @@ class Adaptation(nn.Module, ABC):
                     f"stored features {name!r} of shape {tuple(value.shape)} with images of shape "
                     f"{tuple(image.shape)}: expected what base_features gave for these {len(image)} images"
                 )
-        return super().__call__(image, base_features)
+        return super().__call__(image, base_features or None)
 
     @abstractmethod
     def forward(self, image: Tensor, base_features: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -186,7 +186,8 @@ class Adaptation(nn.Module, ABC):
 
         Args:
             image: (N, H, W, C) uint8, or float with values in 0..1.
-            base_features: what :meth:`base_features` gave for these images, to not compute it again.
+            base_features: what :meth:`base_features` gave for these images, to not compute it again; nothing,
+                or None, computes all of it.
 
         Returns:
             (N, C, h, w), (N, T, D) or (N, C).
@@ -219,8 +220,7 @@ class Adaptation(nn.Module, ABC):
             ValueError: for a second task where the method has but one, or a name that cannot be stored.
         """
         if task not in self.adapters:
-            if not task or "." in task:
-                raise ValueError(f"task {task!r}: expected a name without dots")
+            check_task_name(task)
             if self.adapters and not self.several_tasks:
                 raise ValueError(
                     f"{type(self).__name__} adapts to one task, {self.task!r}; "
@@ -265,7 +265,11 @@ class Adaptation(nn.Module, ABC):
             isinstance(m, TaskNormalisation) and m.by_batch for m in learning
         ):
             found.append("BatchNorm takes its statistics from the batch")
-        if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in learning):
+        if any(
+            (isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0)
+            or (isinstance(m, nn.MultiheadAttention) and m.dropout > 0)
+            for m in learning
+        ):
             found.append("dropout leaves inputs out at random")
         return found
 
@@ -326,6 +330,16 @@ class WholeEncoder(Adaptation):
     def output_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Shape of the encoder's features."""
         return self.network.encoder.output_shape(height, width)
+
+
+def check_task_name(task: str) -> None:
+    """Refuses a task's name that no state could hold.
+
+    Raises:
+        ValueError: for an empty name, one with dots, or one that torch's containers have for themselves.
+    """
+    if not task or "." in task or hasattr(nn.ModuleDict(), task):
+        raise ValueError(f"task {task!r}: expected a name without dots, and none of torch's own words")
 
 
 def set_learning_rate(groups: Iterable[dict[str, Any]], rate: float) -> None:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import copy
 
-from policies.adaptation.base import DEFAULT_TASK, AdaptationConfig, TrainableEncoder, WholeEncoder
+from policies.adaptation.base import (
+    DEFAULT_TASK,
+    AdaptationConfig,
+    TrainableEncoder,
+    WholeEncoder,
+    check_task_name,
+)
 from policies.encoders import Encoder
 
 
@@ -23,6 +29,7 @@ class FineTuning(WholeEncoder):
     def start_task(self, task: str) -> None:
         """Goes on with the one network under another name, see :meth:`Adaptation.start_task`."""
         if self.task and task != self.task:
+            check_task_name(task)
             self.adapters[task] = self.adapters.pop(self.task)
         super().start_task(task)
 

@@ -74,7 +74,7 @@ class Gate(nn.Module):
 
     def __init__(self, start: float, temperature: float) -> None:
         super().__init__()
-        self.a = nn.Parameter(torch.tensor(start))
+        self.a = nn.Parameter(torch.tensor(float(start)))
         self.temperature = temperature
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:

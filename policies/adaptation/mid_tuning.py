@@ -54,9 +54,10 @@ class MidTuning(FineTuning):
 
     def start_task(self, task: str) -> None:
         """Goes on with the one network under another name, frozen at first, see :class:`MidTuning`."""
-        if self.task and task != self.task:
-            self.unfrozen.fill_(self.config.unfreeze_at == 0.0)
+        further = self.task not in ("", task)
         super().start_task(task)
+        if further:
+            self.unfrozen.fill_(self.config.unfreeze_at == 0.0)
 
     def set_progress(self, samples: int, total: int) -> None:
         """Unfreezes the encoder once ``unfreeze_at`` of ``total`` samples were learned from."""

@@ -15,7 +15,7 @@ from torch import nn
 from policies.actor_critic import NavigationPolicy
 from policies.adaptation import ADAPTATIONS, make_adaptation
 from policies.adaptation.options import method_options
-from policies.encoders import make_encoder
+from policies.encoders import make_encoder, wrap_encoder
 from policies.extractor import AdaptedExtractor
 
 FROZEN = [name for name, row in CASES.items() if row.frozen_base]
@@ -92,10 +92,15 @@ def test_output_has_the_declared_shape(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_image_gives_what_it_gives_in_a_batch(case):
+def test_one_image_gives_what_it_gives_in_a_batch_and_can_be_learned_from(case):
     method = disturbed(case).eval()
     image = images(case)
     torch.testing.assert_close(method(image[:1]), method(image)[:1], rtol=1e-4, atol=1e-4)
+    output = method.train()(image[:1])
+    assert torch.isfinite(output).all()
+    if CASES[case].trains:
+        output.float().square().sum().backward()
+        assert all(torch.isfinite(p.grad).all() for p in method.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -108,7 +113,7 @@ def test_stored_features_change_nothing(case):
         assert len(value) == len(image)
         assert value.dtype == torch.float32
         assert not value.requires_grad
-    torch.testing.assert_close(method(image, stored or None), method(image), rtol=0, atol=1e-6)
+    torch.testing.assert_close(method(image, stored), method(image), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", [name for name, row in CASES.items() if row.stores])
@@ -447,9 +452,37 @@ def test_a_second_task_begins_where_the_first_began_and_leaves_it_alone():
     assert not torch.equal(method(image), second)
 
 
-def test_tasks_need_names_that_can_be_stored():
-    with pytest.raises(ValueError, match=r"task 'a.b': expected a name without dots"):
-        make("sidetune").start_task("a.b")
+@pytest.mark.parametrize("case", ["sidetune", "finetune", "midtune", "ewc", "progressive", "superposition"])
+@pytest.mark.parametrize("name", ["a.b", "", "keys", "training", "_modules"])
+def test_tasks_need_names_that_can_be_stored(case, name):
+    method = make(case)
+    method.set_progress(1, 1)
+    before = {k: v.clone() for k, v in method.state_dict().items()}
+    with pytest.raises(ValueError, match=f"task '{re.escape(name)}': expected a name without dots"):
+        method.start_task(name)
+    assert method.tasks == (method.task,) == ("task",)
+    assert all(torch.equal(value, before[key]) for key, value in method.state_dict().items())
+
+
+class Attention(nn.Module):
+    """Pixels that look at each other, at some of them in training only."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(3, 1, dropout=0.5, batch_first=True)
+
+    def forward(self, x):
+        x = x.flatten(2).mT
+        return self.attention(x, x, x)[0]
+
+
+def test_dropout_of_torch_s_attention_is_told_where_it_learns():
+    base = wrap_encoder(Attention(), (None, 3))
+    for method, told in (("finetune", True), ("piggyback", False)):
+        adapted = make_adaptation(method, base)
+        image = torch.rand(1, 4, 4, 3)
+        assert torch.equal(adapted.train()(image), adapted.eval()(image)) != told
+        assert adapted.noises() == ["dropout leaves inputs out at random"] * told
 
 
 def test_unknown_methods_and_options_name_the_nearest():

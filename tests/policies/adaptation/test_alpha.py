@@ -88,3 +88,7 @@ def test_a_scheduled_dense_alpha_moves_all_weights():
     alpha = DenseAlpha(AlphaSchedule(1.0, "linear"), False, 2)
     alpha.set_progress(50, 100)
     torch.testing.assert_close(alpha(), torch.full((3,), 1 / 3))
+
+
+def test_a_whole_number_is_as_good_as_any_other():
+    assert Alpha(AlphaSchedule(1), learned=False).value.dtype == torch.float32

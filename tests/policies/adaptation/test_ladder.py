@@ -341,3 +341,8 @@ def test_pruning_of_convolutional_blocks_is_refused():
 def test_wrong_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         LadderConfig(**options)
+
+
+def test_a_gate_may_start_at_a_whole_number():
+    method = make_adaptation("ladder", encoder="resnet_small", weights="random", gate_init=1)
+    assert {gate.item() for name, gate in method.named_parameters() if name.endswith(".a")} == {1.0}

@@ -485,6 +485,8 @@ def test_a_refused_delta_leaves_the_global_variant_as_it_was():
         ({"temperature": 0.0}, "temperature 0.0"),
         ({"evaluation": "mean"}, "evaluation 'mean'"),
         ({"policy_norm": "layer"}, "policy_norm 'layer'"),
+        ({"policy_rate": 0.0}, "policy_rate 0.0: expected a value above 0"),
+        ({"policy_rate": -0.1}, "policy_rate -0.1: expected a value above 0"),
         ({"policy_width": 0}, "policy_width 0"),
         ({"policy_size": 4}, "policy_size 4"),
         ({"global_k": 0}, "global_k 0"),

@@ -114,10 +114,19 @@ def _list(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     from navagent.adapt_costs import show
     from policies.adaptation import ADAPTATIONS
+    from policies.encoders import ENCODERS
 
-    for method in options.methods:
-        if method not in ADAPTATIONS:
-            raise UsageError(f"there is no method {method!r}{nearest(method, list(ADAPTATIONS))}")
+    for kind, names, known in (
+        ("method", options.methods, ADAPTATIONS),
+        ("encoder", options.bases, ENCODERS),
+    ):
+        for name in names:
+            if name not in known:
+                raise UsageError(
+                    f"there is no {kind} {name!r}{nearest(name, list(known))} (known: {', '.join(known)})"
+                )
+    if options.batch_size < 1:
+        raise UsageError(f"--batch-size {options.batch_size}: expected at least 1 image")
     show(options.bases, options.methods, options.size, options.batch_size, options.json)
     return 0
 
@@ -147,10 +156,11 @@ def _distil(arguments: Sequence[str]) -> int:
 
     from navagent.build import dataset_dir, training_device
     from navagent.config import TrainConfig
-    from navagent.learning.distil import DistilConfig, distil
+    from navagent.learning.distil import DistilConfig, check, distil
 
     values["device"] = str(training_device(values["device"]))
     config = DistilConfig(dataset=Path(dataset or "."), out=out, **values)
+    check(config)
     if dataset is None:
         config = replace(config, dataset=dataset_dir(TrainConfig()))
     weights = distil(config, console=Console())
@@ -197,11 +207,14 @@ def _compare(arguments: Sequence[str]) -> int:
     from rich.console import Console
 
     from navagent.learning.comparison import ComparisonConfig, compare
+    from navagent.learning.transfer import Base
 
     console = Console()
     if quick:
         values = {**QUICK, **values}
     config = ComparisonConfig(dataset=Path(dataset or "."), out=out, **values)
+    for base in config.bases:
+        Base.find(base)
     if dataset is None:
         from envs.files import cache_dir
         from navagent.scenes import generated_dataset
@@ -219,6 +232,6 @@ ACTIONS: dict[str, Callable[[Sequence[str]], int]] = {"list": _list, "distil": _
 
 def _size(text: str) -> tuple[int, int]:
     height, _, width = text.partition("x")
-    if not (height.isdecimal() and width.isdecimal()):
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
         raise argparse.ArgumentTypeError(f"{text!r} is not rows and columns, such as 64x64")
     return int(height), int(width)

@@ -203,12 +203,16 @@ def import_weights(console: Console, source: str | Path, out: str | Path | None 
 
     Raises:
         WeightsError: if the source is no such file, or would run code.
-        ValueError: if the target exists.
+        ValueError: if the target exists or is not named as safetensors, or the source is safetensors already.
     """
     from policies.weights import convert_to_safetensors, sha256
 
     source = Path(source)
     target = source.with_suffix(".safetensors") if out is None else Path(out)
+    if source.suffix == ".safetensors":
+        raise ValueError(f"{source} is a safetensors file already; there is nothing to rewrite")
+    if target.suffix != ".safetensors":
+        raise ValueError(f"--out {target}: expected a name that ends in .safetensors, by which it is read")
     if target.exists():
         raise ValueError(f"{target} exists already; give another file with --out")
     checkpoint = convert_to_safetensors(source, target)

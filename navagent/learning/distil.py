@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ from navagent.learning.quality import results_table
 from navagent.learning.training import Training, half_precision
 from policies.adaptation import FrozenEncoder
 from policies.catalogue import catalogue, catalogue_path
-from policies.encoders import Encoder, default_weights, make_encoder
+from policies.encoders import Encoder, default_weights, make_encoder, weights_path
 from policies.encoders.taskonomy import CLASSIFICATION_TASKS, TaskonomyDecoder, TaskonomyEncoder
 from policies.weights import read_weights, save_safetensors, sha256
 
@@ -61,7 +62,7 @@ class DistilConfig:
     base: str = "resnet_small"
     """Name of the encoder to learn from."""
     base_weights: str = "default"
-    """Its weights: "default", or the path of a file."""
+    """Its weights: "default", a name in the catalogue, or the path of a file."""
     student: str = "fcn5_small"
     """Name of the encoder that learns; its features must have the shape of the base's."""
     mode: Mode = "features"
@@ -110,8 +111,8 @@ class DistilConfig:
         for name, least in (("steps", 1), ("batch_size", 1), ("train_frames", 2), ("val_frames", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least {least}")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate {self.learning_rate}: expected more than 0")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate {self.learning_rate}: expected a number above 0")
 
     @property
     def view(self) -> View:
@@ -250,11 +251,22 @@ def distil(config: DistilConfig, source: FrameSource = render_frames, console: C
     return weights
 
 
+def check(config: DistilConfig) -> None:
+    """Raises where base, student and decoder do not fit together, before there are homes to look at."""
+    _networks(config, _perceptual(config), torch.device("cpu"))
+
+
 def _perceptual(config: DistilConfig) -> Perceptual | None:
     if config.decoder != "default":
         return None if config.decoder is None else load_perceptual(config.decoder)
-    weights = config.base_weights
-    file = default_weights(config.base, SENSORS[config.sensor]) if weights == "default" else Path(weights)
+    weights, channels = config.base_weights, SENSORS[config.sensor]
+    if weights == "random":
+        raise ValueError("base_weights 'random' have no decoder beside them; give one, or other weights")
+    file = (
+        default_weights(config.base, channels)
+        if weights == "default"
+        else weights_path(config.base, channels, weights)
+    )
     decoder = decoder_beside(file)
     if decoder is None:
         raise ValueError(f"there is no decoder beside {file}, the weights of base {config.base!r}; give one")

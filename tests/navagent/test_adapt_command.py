@@ -130,7 +130,13 @@ def test_list_prints_what_methods_cost(capsys):
     [
         (["distill"], "there is no action 'distill'; did you mean 'distil'?"),
         (["list", "--methods", "lorra"], "did you mean 'lora'?"),
+        (
+            ["list", "--bases", "resnet_smal"],
+            "there is no encoder 'resnet_smal'; did you mean 'resnet_small'?",
+        ),
         (["list", "--size", "64"], "'64' is not rows and columns"),
+        (["list", "--size", "0x64"], "'0x64' is not rows and columns"),
+        (["list", "--batch-size", "0"], "--batch-size 0: expected at least 1"),
         (["compare"], "required: OUT"),
         (["compare", "out", "--image", "5"], "did you mean --images?"),
         (["compare", "out", "--images", "5,many"], "'5,many' is not whole numbers"),
@@ -141,6 +147,25 @@ def test_command_lines_that_do_not_parse(words, message):
     with pytest.raises(UsageError) as error:
         adapt(words)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["distil", "out", "--base", "resnet_smal"], "did you mean 'resnet_small'"),
+        (["distil", "out", "--student", "vit_mini"], "choose a student whose features have the base's shape"),
+        (["distil", "out", "--decoder", "none.safetensors"], "none.safetensors: no such weights file"),
+        (["compare", "out", "--bases", "resnet44"], "weights 'side-tuning-resnet44-cifar' are not on this"),
+        (["compare", "out", "--bases", "mine=nowhere"], "there is no file nowhere"),
+        (["compare", "out", "--methods", "lorra"], "did you mean 'lora'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_homes_are_made(words, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("NAVAGENT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        adapt(words)
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_action_shows_help_as_an_error(capsys):

@@ -11,7 +11,7 @@ from torch import nn
 
 from navagent.learning import distil as module
 from navagent.learning.decoder import Decoder
-from navagent.learning.distil import DistilConfig, Perceptual, distil, load_perceptual
+from navagent.learning.distil import DistilConfig, Perceptual, check, distil, load_perceptual
 from navagent.learning.frames import Frames
 from policies.adaptation import make_adaptation
 from policies.encoders import ENCODERS, Encoder, InputSpec, make_encoder
@@ -180,6 +180,9 @@ def test_the_decoder_that_ships_with_a_base_is_found(tmp_path):
     )
     distil(dataclasses.replace(settings, steps=2), blobs, QUIET)
     assert results(settings)["student"]["decoder_error"] > 0
+    check(dataclasses.replace(settings, base_weights="resnet_small-normals-rgb"))
+    with pytest.raises(ValueError, match="'random' have no decoder beside them"):
+        check(dataclasses.replace(settings, base_weights="random"))
     with pytest.raises(ValueError, match=r"no decoder beside .*fcn5_small-normals-rgb.safetensors"):
         distil(config(tmp_path, out=tmp_path / "other", decoder="default"), blobs, QUIET)
 
@@ -198,6 +201,8 @@ def test_decoders_stay_as_they_are(decoder_file, tmp_path):
         ({"mode": "perceptual"}, "give one, such as"),
         ({"mode": "logits"}, "mode 'logits'"),
         ({"steps": 0}, "steps 0"),
+        ({"learning_rate": float("nan")}, "learning_rate nan"),
+        ({"learning_rate": float("inf")}, "learning_rate inf"),
         ({"sensor": "sonar"}, "sensor 'sonar'"),
         ({"student": "vit_mini"}, r"base 'fcn5_small' gives features \(8, 4, 4\) and student 'vit_mini'"),
     ],

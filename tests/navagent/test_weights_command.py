@@ -130,6 +130,8 @@ def test_every_entry_can_be_shown(name, cache, capsys):
         (["verify", "no-such-file"], "no-such-file: no such weights file"),
         (["verify", "dinov2-base"], "`navagent weights fetch dinov2-base`"),
         (["import", "no-such-file"], "no-such-file: no such weights file"),
+        (["import", "w.safetensors"], "w.safetensors is a safetensors file already"),
+        (["import", "w.pth", "--out", "w.dat"], "--out w.dat: expected a name that ends in .safetensors"),
     ],
 )
 def test_mistakes_are_answered_with_what_would_be_right(arguments, message, cache, capsys):

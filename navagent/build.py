@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 
 from envs.files import cache_dir
-from navagent.config import ConfigError, TrainConfig
+from navagent.config import ConfigError, TrainConfig, gpu_numbers
 from navagent.distributed import Launch, Ranks
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from envs.episodes import Episode
     from envs.noise import NoiseConfig
     from envs.sampler import EpisodeSampler
-    from envs.simulators.base import AgentSpec, SensorSpec
+    from envs.simulators.base import AgentSpec, SensorSpec, Simulator
     from envs.task import PointNavConfig
     from envs.vector_env import PointNavVectorEnv
 
@@ -56,14 +56,18 @@ def set_threads(num_threads: int) -> int:
     0 means what ``OMP_NUM_THREADS`` says, as clusters and torchrun set it, and all cores where it is not set;
     several processes on a machine share them.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    launch = Launch.read()
-    if launch is not None:
-        cores = max(1, cores // launch.local_size)
+    cores = own_cores()
     wished = os.environ.get("OMP_NUM_THREADS", "")
     threads = num_threads or (int(wished) if wished.isdigit() and int(wished) > 0 else cores)
     torch.set_num_threads(threads)
     return threads
+
+
+def own_cores() -> int:
+    """Processor cores of this process's share: several processes on a machine share them equally."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    launch = Launch.read()
+    return cores if launch is None else max(1, cores // launch.local_size)
 
 
 def dataset_dir(config: TrainConfig) -> Path:
@@ -241,6 +245,7 @@ def make_vector_env(
         scenes,
         seed=seed,
         mode=mode,
+        max_resident_scenes=max_resident_scenes(config, scenes.values()),
         first_agent=first_agent,
         total_agents=total_agents,
     )
@@ -260,16 +265,10 @@ def sampled_env(
     """
     from gymnasium.vector import AutoresetMode
 
-    from envs.simulators.raycast.simulator import RaycastSimulator
     from envs.vector_env import PointNavVectorEnv
 
-    simulator = RaycastSimulator(
-        sampler.resident_scenes,
-        sampler.num_agents,
-        [*cameras(config), *extra_cameras],
-        agent_spec(config),
-        device=str(training_device(config.device)),
-        num_threads=set_threads(config.num_threads),
+    simulator = make_simulator(
+        config, sampler.resident_scenes, sampler.num_agents, [*cameras(config), *extra_cameras]
     )
     return PointNavVectorEnv(
         simulator,
@@ -281,6 +280,94 @@ def sampled_env(
         depth_range=(config.sensors.min_depth, config.sensors.max_depth),
         final_observations=final_observations,
     )
+
+
+def make_simulator(
+    config: TrainConfig, scenes: Sequence[Path], num_agents: int, sensors: Sequence[SensorSpec]
+) -> Simulator:
+    """The simulator that the settings choose, over some scenes.
+
+    Raises:
+        SimulatorError: its processes do not start.
+    """
+    device, threads = training_device(config.device), set_threads(config.num_threads)
+    if config.simulator.name == "raycast":
+        from envs.simulators.raycast.simulator import RaycastSimulator
+
+        return RaycastSimulator(
+            scenes, num_agents, sensors, agent_spec(config), device=str(device), num_threads=threads
+        )
+    from envs.simulators.habitat import HabitatSimulator
+
+    settings = config.simulator
+    workers = settings.workers or own_cores()
+    dataset = settings.scene_dataset_config
+    return HabitatSimulator(
+        scenes,
+        num_agents,
+        sensors,
+        agent_spec(config),
+        num_workers=workers,
+        gpu_ids=simulator_gpus(config, workers),
+        scene_dataset_config=None if dataset is None else Path(dataset).expanduser(),
+        python=_python(config),
+        device=device,
+        max_restarts=settings.max_restarts,
+    )
+
+
+def _python(config: TrainConfig) -> str | None:
+    python = config.simulator.python
+    return None if python is None else str(Path(python).expanduser())
+
+
+def simulator_gpus(config: TrainConfig, workers: int) -> list[int]:
+    """The GPUs that habitat-sim's workers are spread over, -1 for none.
+
+    Of several processes on a machine, each begins where the workers of the one before end.
+    """
+    named = gpu_numbers(config.simulator.gpu_ids)
+    if named is None:
+        device = training_device(config.device)
+        return [device.index or 0] if device.type == "cuda" else [-1]
+    launch = Launch.read()
+    first = 0 if launch is None else launch.local_rank * workers
+    return [named[(first + index) % len(named)] for index in range(len(named))]
+
+
+def check_simulator(config: TrainConfig) -> None:
+    """Raises where the simulator that the settings choose does not start, before homes are made.
+
+    Raises:
+        ConfigError: with the simulator's words, and what to do.
+    """
+    if config.simulator.name == "raycast":
+        return
+    from envs.simulators.base import SimulatorError
+    from envs.simulators.habitat import check_habitat
+
+    gpus = simulator_gpus(config, config.simulator.workers or own_cores())
+    try:
+        check_habitat(cameras(config), gpus, _python(config))
+    except SimulatorError as error:
+        raise ConfigError(f"simulator=habitat: {error}") from None
+
+
+RESIDENT_BYTES = 256 << 20
+"""A worker of habitat-sim holds scenes whose files have about so many bytes together, and ten times that of
+memory for them."""
+
+
+def max_resident_scenes(config: TrainConfig, scenes: Iterable[Path]) -> int | None:
+    """How many scenes are played in at a time; None is all."""
+    if config.simulator.name == "raycast":
+        return None
+    if config.simulator.resident_scenes:
+        return config.simulator.resident_scenes
+    sizes = [path.stat().st_size for path in scenes]
+    if sum(sizes) <= RESIDENT_BYTES:
+        return None
+    return max(2, RESIDENT_BYTES * len(sizes) // sum(sizes))
 
 
 def make_training_envs(
@@ -295,8 +382,13 @@ def make_training_envs(
     half = (agents + 1) // 2 if config.speed.overlap else agents
     threads = set_threads(config.num_threads)
     if config.speed.overlap:
-        # The other threads are the policy's.
-        config = dataclasses.replace(config, num_threads=max(1, threads // 2))
+        # The other threads are the policy's, and the workers are shared.
+        workers = config.simulator.workers or own_cores()
+        config = dataclasses.replace(
+            config,
+            num_threads=max(1, threads // 2),
+            simulator=dataclasses.replace(config.simulator, workers=max(1, workers // 2)),
+        )
     envs = [
         make_vector_env(
             config,

@@ -29,6 +29,7 @@ from envs.files import atomic_write
 
 GROUPS = (
     "scenes",
+    "simulator",
     "env",
     "sensors",
     "encoder",
@@ -101,6 +102,34 @@ class ScenesConfig:
     scenes_dir: str | None = setting(None, "folder of the scenes, where it is not the data set's own")
     train_split: str = setting("train", "split to train on")
     val_split: str = setting("val", "split to evaluate on; it should share no scene with the train split")
+
+
+@dataclass
+class SimulatorConfig:
+    """What simulates the world; all settings but the name are habitat-sim's."""
+
+    name: str = setting("raycast", "the simulator", choices=("raycast", "habitat"))
+    workers: int = setting(
+        0, "processes that share the agents, in each process that trains; 0 is one for each core", at_least=0
+    )
+    gpu_ids: str = setting(
+        "auto",
+        "GPUs that the workers draw on, as 0,1 by CUDA's numbers; -1 is software; auto is the GPU that "
+        "trains, or software",
+    )
+    resident_scenes: int = setting(
+        0,
+        "scenes that are played in at a time, of which every 10,000 steps one is exchanged; 0 is all while "
+        "their files are small, and fewer beyond 256 MiB",
+        at_least=0,
+    )
+    scene_dataset_config: str | None = setting(
+        None, "Habitat's *.scene_dataset_config.json that the scenes belong to, where they need one"
+    )
+    python: str | None = setting(None, "Python that has habitat-sim, where it is another than this one")
+    max_restarts: int = setting(
+        10, "workers that died and are started again, before one is an error", at_least=0
+    )
 
 
 @dataclass
@@ -424,6 +453,7 @@ class TrainConfig:
     adaptation: AdaptationConfig = field(default_factory=AdaptationConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    simulator: SimulatorConfig = field(default_factory=SimulatorConfig)
     imitation: ImitationConfig = field(default_factory=ImitationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -678,6 +708,7 @@ def _check_together(config: TrainConfig) -> None:
     _check_adaptation(config)
     if algorithm.curriculum_end < algorithm.curriculum_start:
         raise ConfigError(
+    _check_simulator(config.simulator)
             f"algorithm.curriculum_end={algorithm.curriculum_end} is less than algorithm.curriculum_start="
             f"{algorithm.curriculum_start}"
         )
@@ -694,6 +725,36 @@ def _check_imitation(config: TrainConfig) -> None:
         )
     if config.algorithm.curriculum != "none":
         raise ConfigError(
+def _check_simulator(simulator: SimulatorConfig) -> None:
+    """What habitat-sim's settings name must be there, and say something."""
+    gpu_numbers(simulator.gpu_ids)
+    for name, value in (
+        ("simulator.scene_dataset_config", simulator.scene_dataset_config),
+        ("simulator.python", simulator.python),
+    ):
+        if value is not None and not Path(value).expanduser().is_file():
+            raise ConfigError(f"{name}={value} is not a file")
+    if simulator.resident_scenes == 1:
+        raise ConfigError(
+            "simulator.resident_scenes=1 is too few: agents still move in the scene that leaves while others "
+            "start in the next; use 2 or more, or 0"
+        )
+
+
+def gpu_numbers(text: str) -> list[int] | None:
+    """The GPUs that ``simulator.gpu_ids`` names, -1 for software; None where it leaves the choice.
+
+    Raises:
+        ConfigError: it names none.
+    """
+    if text == "auto":
+        return None
+    words = [word.strip() for word in text.strip().removeprefix("[").removesuffix("]").split(",")]
+    if not all(re.fullmatch(r"-1|\d+", word) for word in words):
+        raise ConfigError(f"simulator.gpu_ids={text} does not fit: expected numbers like 0,1, or -1, or auto")
+    return [int(word) for word in words]
+
+
             f"algorithm.curriculum={config.algorithm.curriculum} chooses episodes to play, and "
             "imitation=behaviour_cloning plays none: use algorithm.curriculum=none"
         )
@@ -817,7 +878,16 @@ def _named(overrides: Sequence[str]) -> dict[str, str]:
     return {name.strip(): value for name, _, value in (override.partition("=") for override in overrides)}
 
 
-MAY_CHANGE_ON_RESUME = ("device", "num_threads", "algorithm.total_frames", "algorithm.max_minutes")
+MAY_CHANGE_ON_RESUME = (
+    "device",
+    "num_threads",
+    "algorithm.total_frames",
+    "algorithm.max_minutes",
+    "simulator.workers",
+    "simulator.gpu_ids",
+    "simulator.python",
+    "simulator.max_restarts",
+)
 """Settings that a resumed run may have otherwise, with everything under evaluation and checkpoint."""
 
 
@@ -932,6 +1002,9 @@ def adaptation_settings(config: AdaptationConfig) -> dict[str, Any]:
 
     defaults = {option.name: option.default for option in method_options(config.name)}
     return {"name": config.name, **defaults, **config.options}
+    if config.simulator.name == "raycast":
+        workers = [name for name in now if name.startswith("simulator.") and name != "simulator.name"]
+        dead |= dict.fromkeys(workers, "simulator=raycast")
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from envs.scenes import detour_mesh, detour_moves, detour_paths
 from envs.scenes.detour_mesh import Meshes, Scratch
 from envs.scenes.navmesh import NavMesh
+from envs.simulators.common import check_queries
 from envs.warp_runtime import start_warp
 
 # Nodes that Habitat gives a search; longer searches count as failed there, and so here.
@@ -198,24 +199,7 @@ class PathFinder:
         return polygon, closest
 
     def _checked(self, scene: Tensor, **points: Tensor) -> list[Tensor]:
-        """The inputs, contiguous, after checks of their types, shapes and scene indices."""
-        if scene.ndim != 1 or scene.dtype != torch.int64 or scene.device != self.device:
-            raise ValueError(
-                f"scene must be (N,) int64 on {self.device}, "
-                f"got {tuple(scene.shape)} {scene.dtype} on {scene.device}"
-            )
-        for name, value in points.items():
-            if value.shape != (len(scene), 3) or value.dtype != torch.float32 or value.device != self.device:
-                raise ValueError(
-                    f"{name} must be ({len(scene)}, 3) float32 on {self.device}, a row for each scene index, "
-                    f"got {tuple(value.shape)} {value.dtype} on {value.device}"
-                )
-        if len(scene):
-            low, high = (int(end) for end in scene.aminmax())
-            if low < 0 or high >= len(self.navmeshes):
-                wrong = low if low < 0 else high
-                raise IndexError(f"scene {wrong} is not one of the {len(self.navmeshes)} resident scenes")
-        return [scene.contiguous(), *(value.detach().contiguous() for value in points.values())]
+        return check_queries(self.device, len(self.navmeshes), scene, **points)
 
     def _launch(self, kernel: wp.Kernel, count: int, arguments: list) -> None:
         """Runs a kernel over all queries, on the GPU at once, on the CPU split over threads."""

@@ -13,12 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 SensorKind = Literal["rgb", "depth", "normals", "instance"]
+
+
+class SimulatorError(ChildProcessError):
+    """A simulator in other processes does not start or cannot go on; the message says why in their words."""
 
 
 class Action(IntEnum):
@@ -158,6 +163,8 @@ class Simulator(ABC):
     """Heading of each agent: (N,) float32 [rad]."""
     collided: Tensor
     """Whether the last forward move was cut short: (N,) bool."""
+    restarts: int = 0
+    """How often a process of this simulator died and was started again."""
 
     @abstractmethod
     def load_scenes(self, scenes: Sequence[Path]) -> None:

@@ -40,7 +40,7 @@ def test_every_option_of_every_group_composes(group, tmp_path):
         # Cloning does not come before PPO.
         extra += ["algorithm=imitation"] if group == "imitation" else []
         config = load_config([f"{group}={option}", *extra])
-        if group in ("env", "encoder", "adaptation", "memory", "algorithm", "imitation"):
+        if group in ("simulator", "env", "encoder", "adaptation", "memory", "algorithm", "imitation"):
             assert getattr(config, group).name == option
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,10 +14,16 @@ from envs.scenes.navmesh_build import build_navmesh, navmesh_for
 from envs.scenes.pathfinder import PathFinder
 from envs.scenes.scene import Scene
 from envs.simulators.base import Action, AgentSpec, SensorSpec, Simulator
+from envs.simulators.common import (
+    ahead,
+    check_actions,
+    check_poses,
+    check_scenes,
+    cut_short,
+    followed,
+    turned,
+)
 from envs.simulators.raycast.renderer import Renderer
-
-_BLOCKED = 1e-5
-"""Habitat calls a move a collision if its squared length falls short of the asked one's by more [m2]."""
 
 
 class RaycastSimulator(Simulator):
@@ -77,12 +82,9 @@ class RaycastSimulator(Simulator):
         Agents follow their scene to its new index; those whose scene is gone stand in scene 0 until they are
         reset. If a scene cannot be loaded, nothing changes.
         """
-        if not scenes:
-            raise ValueError("at least one scene must be resident, got none")
         wanted = [scene if isinstance(scene, Scene) else Path(scene) for scene in scenes]
         names = [scene.path if isinstance(scene, Scene) else scene for scene in wanted]
-        if len(set(names)) != len(names):
-            raise ValueError(f"scenes {[str(name) for name in names]} must differ")
+        check_scenes(names)
         loaded: list[Scene | Path] = []
         navmeshes: dict[Path, NavMesh] = {}
         for name, scene in zip(names, wanted, strict=True):
@@ -100,9 +102,7 @@ class RaycastSimulator(Simulator):
         paths = PathFinder(list(navmeshes.values()), device=self.device, num_threads=self._num_threads)
         self._renderer.load_scenes(loaded)
         if self.scenes:
-            place = {name: index for index, name in enumerate(names)}
-            moved = [place.get(name, 0) for name in self.scenes]
-            self.scene = torch.tensor(moved, device=self.device)[self.scene]
+            self.scene = followed(self.scene, self.scenes, names)
         self.scenes, self.paths, self._navmeshes = tuple(names), paths, navmeshes
 
     def reset(self, agents: Tensor, scene: Tensor, position: Tensor, yaw: Tensor) -> None:
@@ -110,14 +110,7 @@ class RaycastSimulator(Simulator):
         count = len(agents)
         if not count:
             return
-        expected = {"scene": (count,), "position": (count, 3), "yaw": (count,)}
-        for name, value in (("scene", scene), ("position", position), ("yaw", yaw)):
-            if tuple(value.shape) != expected[name]:
-                raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {expected[name]}")
-        if int(scene.min()) < 0 or int(scene.max()) >= len(self.scenes):
-            raise ValueError(f"scenes {scene.tolist()} must lie in 0..{len(self.scenes) - 1}")
-        if not bool(torch.isfinite(position).all() and torch.isfinite(yaw).all()):
-            raise ValueError("positions and yaws must be finite; NaN is what snap() answers off the mesh")
+        check_poses(count, len(self.scenes), scene, position, yaw)
         agents = agents.to(self.device)
         self.scene = self.scene.index_copy(0, agents, scene.to(self.scene))
         self.position = self.position.index_copy(0, agents, position.to(self.position))
@@ -126,26 +119,18 @@ class RaycastSimulator(Simulator):
 
     def step(self, actions: Tensor) -> None:
         """Moves every agent by its action ``(N,)`` int64 and updates position, yaw and collided."""
-        if tuple(actions.shape) != (self.num_agents,):
-            raise ValueError(f"actions have shape {tuple(actions.shape)}, expected ({self.num_agents},)")
         actions = actions.to(self.device)
-        if not bool(((actions >= 0) & (actions < len(Action))).all()):
-            raise ValueError(f"actions {actions.tolist()} must lie in 0..{len(Action) - 1}")
-        way = (actions == Action.TURN_LEFT).float() - (actions == Action.TURN_RIGHT).float()
-        turned = self.yaw + math.radians(self.agent.turn_angle_deg) * way
-        # Kept near 0, where single precision is finest.
-        self.yaw = torch.remainder(turned + math.pi, 2.0 * math.pi) - math.pi
+        check_actions(actions, self.num_agents)
+        self.yaw = turned(self.yaw, actions, self.agent)
         self.collided = torch.zeros_like(self.collided)
         movers = (actions == Action.MOVE_FORWARD).nonzero().squeeze(1)
         if not len(movers):
             return
-        start, yaw = self.position[movers], self.yaw[movers]
-        forward = torch.stack([-torch.sin(yaw), torch.zeros_like(yaw), -torch.cos(yaw)], dim=1)
-        target = start + self.agent.forward_step * forward
+        start = self.position[movers]
+        target = ahead(start, self.yaw[movers], self.agent)
         end = self.paths.try_step(self.scene[movers], start, target, self.agent.allow_sliding)
         self.position = self.position.index_copy(0, movers, end)
-        moved, asked = ((point - start).square().sum(dim=1) for point in (end, target))
-        self.collided = self.collided.index_copy(0, movers, moved + _BLOCKED < asked)
+        self.collided = self.collided.index_copy(0, movers, cut_short(start, target, end))
 
     def render(self, agents: Tensor | None = None) -> dict[str, Tensor]:
         """What the agents' sensors see, all of them or those of indices ``(M,)``, in fresh tensors."""

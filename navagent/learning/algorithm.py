@@ -31,6 +31,7 @@ from navagent.learning.nonfinite import FiniteGuard, NonFinite
 from navagent.learning.normalise import Moments, ReturnNormaliser
 from navagent.learning.replay import Replay
 from navagent.learning.rollout import SequenceBuffer, StepResult, tensor_envs
+from navagent.learning.workers import watched_workers
 from navagent.progress import episodes_of, in_lines
 from navagent.runs import RunError
 from policies.adaptation import set_learning_rate
@@ -211,25 +212,26 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> SequenceAlgorithm:
         """Collects and updates in turn until ``total_timesteps`` frames are done or a callback says stop."""
-        total_timesteps, callback = self._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
-        )
-        self._frames_logged = self.num_timesteps
-        callback.on_training_start(locals(), globals())
         assert self.env is not None
-        iteration = 0
-        while self.num_timesteps < total_timesteps:
-            with self._located():
-                if not self.collect_rollouts(self.env, callback, self.rollout_buffer, self.n_steps):
+        with watched_workers(self.env):
+            total_timesteps, callback = self._setup_learn(
+                total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+            )
+            self._frames_logged = self.num_timesteps
+            callback.on_training_start(locals(), globals())
+            iteration = 0
+            while self.num_timesteps < total_timesteps:
+                with self._located():
+                    if not self.collect_rollouts(self.env, callback, self.rollout_buffer, self.n_steps):
+                        break
+                    iteration += 1
+                    self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+                    self.train()
+                if log_interval and iteration % log_interval == 0:
+                    self.dump_logs(iteration)
+                if not _after_update(callback):
                     break
-                iteration += 1
-                self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
-                self.train()
-            if log_interval and iteration % log_interval == 0:
-                self.dump_logs(iteration)
-            if not _after_update(callback):
-                break
-        callback.on_training_end()
+            callback.on_training_end()
         return self
 
     def collect_rollouts(  # type: ignore[override]
@@ -545,7 +547,8 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
             "random": {
                 "minibatches": self.generator.get_state(),
                 "torch": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+                # Of its own device only: whoever goes on may see fewer, or under other numbers.
+                "cuda": [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [],
                 "numpy": np.random.get_state(),
                 "python": random.getstate(),
             },
@@ -607,8 +610,9 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         generators = state["random"]
         self.generator.set_state(generators["minibatches"])
         torch.set_rng_state(generators["torch"])
-        if self.device.type == "cuda" and generators["cuda"]:
-            torch.cuda.set_rng_state_all(generators["cuda"])
+        if self.device.type == "cuda":
+            for generator_state in generators["cuda"]:
+                torch.cuda.set_rng_state(generator_state, self.device)
         np.random.set_state(generators["numpy"])
         random.setstate(generators["python"])
 

@@ -24,9 +24,9 @@ class WorkerLostError(RuntimeError):
 def watched_workers(env: VecEnv) -> Iterator[None]:
     """Where a worker of ``env`` fails in this block, ends the others too and says which one it was.
 
-    By itself a ``SubprocVecEnv`` tells of a broken pipe, or waits for ever where its workers were forked, since
-    they hold each other's pipes; and the others stay. What a worker raised, it shows itself, on standard error.
-    Environments without such workers pass through as they are.
+    By itself a ``SubprocVecEnv`` tells of a broken pipe, or waits for ever where its workers were forked,
+    since they hold each other's pipes; and the others stay. What a worker raised, it shows itself, on
+    standard error. Environments without such workers pass through as they are.
 
     Raises:
         WorkerLostError: a worker has failed.
@@ -99,8 +99,8 @@ def _explain(pool: Any, failed: dict[int, int]) -> str:
     count = len(pool.processes)
     ends = [f"worker {number} of {count} {_how(status)}" for number, status in failed.items()]
     return (
-        f"{' and '.join(ends) or 'a worker hung up'}, and {type(pool).__name__} cannot go on without it: look "
-        "for the worker's own traceback on standard error, above this one. The other workers were ended"
+        f"{' and '.join(ends) or 'a worker hung up'}, and {type(pool).__name__} cannot go on without it: "
+        "look for the worker's own traceback on standard error, above this one. The other workers were ended"
     )
 
 

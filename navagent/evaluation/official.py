@@ -18,10 +18,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -35,7 +36,14 @@ from envs.files import atomic_write
 from envs.simulators.base import Action, Simulator
 from envs.vector_env import PointNavVectorEnv
 from navagent.build import Split, make_vector_env, read_split, training_device
-from navagent.config import ConfigError, EnvConfig, SensorsConfig, TrainConfig, read_config
+from navagent.config import (
+    ConfigError,
+    EnvConfig,
+    SensorsConfig,
+    SimulatorConfig,
+    TrainConfig,
+    read_config,
+)
 from navagent.distributed import Ranks
 from navagent.evaluation.agents import Agent, episode_name
 from navagent.evaluation.command import (
@@ -123,7 +131,10 @@ def evaluate_official(options: EvaluateOptions, console: Console, ranks: Ranks) 
     if ranks.size > 1:
         raise ConfigError(f"--official runs in one process, not in {ranks.size}: start it without torchrun")
     run = Run(options.run)
-    config = dataclasses.replace(read_config(run.config_path), device=options.device)
+    # What is set beside Habitat is the built-in simulator, whichever the run was trained in.
+    config = dataclasses.replace(
+        read_config(run.config_path), device=options.device, simulator=SimulatorConfig()
+    )
     contenders = parse_agents(options.agents, run)
     checkpoints = {c.name: _trained(c).checkpoint(options.checkpoint) for c in contenders}
     file, scenes_dir, name = split_source(options, config)
@@ -229,15 +240,19 @@ def _play_in_habitat(
     try:
         with evaluation_progress() as progress:
             task = progress.add_task(f"{contender.name} in Habitat", total=len(episodes))
-            named = {(str(split.scenes[e.scene_id].resolve()), e.episode_id): e for e in episodes}
-            walks = [
-                _walk(env, agent, named, config.env, lambda: progress.advance(task))
-                for _ in range(len(episodes))
-            ]
+            return play(env, agent, split, episodes, config.env, options.seed, lambda: progress.advance(task))
     finally:
         env.close()
-    order = {id(episode): index for index, episode in enumerate(episodes)}
-    return sorted(walks, key=lambda walk: order[id(walk.episode)])
+
+
+class HabitatAgent(Protocol):
+    """What acts in Habitat, as :class:`navagent.habitat_agent.NavagentAgent` does."""
+
+    def reset(self, draws: str | None = None) -> None:
+        """An episode begins, whose random choices belong to ``draws``."""
+
+    def act(self, observations: Mapping[str, Any]) -> dict[str, str]:
+        """The next action: ``{"action": NAME}``."""
 
 
 def open_habitat(settings: Path, split: Split, episodes: Sequence[Episode]) -> Any:
@@ -274,21 +289,46 @@ def open_habitat(settings: Path, split: Split, episodes: Sequence[Episode]) -> A
     return habitat.Env(config, data)
 
 
-def _walk(
+def play(
     env: Any,
-    agent: NavagentAgent,
-    named: Mapping[tuple[str, str], Episode],
+    agent: HabitatAgent,
+    split: Split,
+    episodes: Sequence[Episode],
     rules: EnvConfig,
-    done: Callable[[], object],
+    seed: int = 0,
+    done: Callable[[], object] = lambda: None,
+) -> list[Walk]:
+    """Plays episodes in Habitat and returns a walk each, in their order.
+
+    Args:
+        env: habitat-lab's environment, of :func:`open_habitat`.
+        agent: Who acts.
+        split: What the episodes are of.
+        episodes: Those that the environment hands out, in whatever order.
+        rules: What is rewarded.
+        seed: Of the agent's choices and of noise.
+        done: Called at the end of each.
+    """
+    named = {(str(split.scenes[e.scene_id].resolve()), e.episode_id): e for e in episodes}
+    walks: dict[int, Walk] = {}
+    for _ in episodes:
+        # Noise of cameras and motion is the episode's, whatever was played before. Which one is next cannot
+        # be known before it begins.
+        env.seed(seed)
+        observations = env.reset()
+        episode = named[env.current_episode.scene_id, env.current_episode.episode_id]
+        draws = episode_name(seed, episode)
+        env.seed(zlib.crc32(draws.encode()))
+        agent.reset(draws)
+        walks[id(episode)] = _walk(env, agent, observations, episode, rules)
+        done()
+    return [walks[id(episode)] for episode in episodes]
+
+
+def _walk(
+    env: Any, agent: HabitatAgent, observations: Mapping[str, Any], episode: Episode, rules: EnvConfig
 ) -> Walk:
-    """Plays the next episode of habitat-lab's iterator."""
-    # Noise of cameras and motion is the episode's, whatever was played before; which is next is not known.
-    env.seed(agent.seed)
-    observations = env.reset()
-    episode = named[env.current_episode.scene_id, env.current_episode.episode_id]
-    draws = episode_name(agent.seed, episode)
-    agent.reset(draws)
-    env.seed(int.from_bytes(draws.encode(), "big") % (1 << 31))
+    """Plays the episode that has just begun."""
     poses, actions, collided = [_pose(env)], [], []
     measured = env.get_metrics()
     start_distance, reward = float(measured["distance_to_goal"]), 0.0
@@ -302,7 +342,6 @@ def _walk(
         bonus = measured["spl" if rules.success_bonus == "spl" else "success"]
         reward += rules.slack_reward + rules.success_reward * bonus
         reward += rules.progress_reward * measured["distance_to_goal_reward"]
-    done()
     positions, yaws = zip(*poses, strict=True)
     return Walk(
         episode,

@@ -9,8 +9,7 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,10 +110,11 @@ def _record(arguments: Sequence[str]) -> int:
         if getattr(options, name) < least:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least {least}")
     from navagent.demonstrations.recording import RecordOptions, record_demonstrations
+    from navagent.progress import counting
 
     values = vars(options)
     number = None if options.number == "all" else int(options.number)
-    with _progress("recording") as progress:
+    with counting("recording") as progress:
         path, wanted, held = record_demonstrations(
             RecordOptions(**{**values, "number": number, "settings": tuple(options.settings)}), progress
         )
@@ -214,6 +214,7 @@ def _replay(arguments: Sequence[str]) -> int:
     )
     options = parser.parse_intermixed_args(arguments)
     from navagent.demonstrations.replay import replay_once
+    from navagent.progress import counting
 
     looks = any(word.startswith("sensors") for word in options.settings)
     replay = _start(options, options.settings if looks else ["sensors=blind", *options.settings])
@@ -221,7 +222,7 @@ def _replay(arguments: Sequence[str]) -> int:
     steps = done = 0
     total = len(demonstrations)
     begin = time.perf_counter()
-    with _progress("replaying") as progress:
+    with counting("replaying") as progress:
         for step in replay_once(replay):
             steps += int((step.rows >= 0).sum())
             done += int((step.terminated | step.truncated).sum())
@@ -255,10 +256,11 @@ def _export(arguments: Sequence[str]) -> int:
     )
     options = parser.parse_intermixed_args(arguments)
     from navagent.demonstrations.minari_exchange import export_minari
+    from navagent.progress import counting
 
     replay = _start(options, options.settings)
     try:
-        with _progress("exporting") as progress:
+        with counting("exporting") as progress:
             folder = export_minari(replay, options.dataset_id, jpeg=options.jpeg, progress=progress)
     finally:
         replay.close()
@@ -279,8 +281,9 @@ def _import(arguments: Sequence[str]) -> int:
     parser.add_argument("folder", metavar="FOLDER", help="folder to make")
     options = parser.parse_args(arguments)
     from navagent.demonstrations.minari_exchange import import_minari
+    from navagent.progress import counting
 
-    with _progress("importing") as progress:
+    with counting("importing") as progress:
         print(import_minari(options.dataset_id, options.folder, progress=progress))
     return 0
 
@@ -331,16 +334,3 @@ def in_its_scenes(
         scenes_dir=scenes or (None if dataset else source.scenes_dir),
     )
     return dataclasses.replace(config, scenes=where)
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal's standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    terminal = Console(stderr=True)
-    with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

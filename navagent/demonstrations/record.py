@@ -70,14 +70,18 @@ class PartSampler(EpisodeSampler):
         return [next(self._left, NO_EPISODE) for _ in agents]
 
 
-def in_turn(episodes: Sequence[Episode], seed: int) -> list[Episode]:
-    """The episodes in an order such that any first so many are spread evenly over the scenes, at random."""
+def in_turn(episodes: Sequence[Episode], seed: int) -> list[int]:
+    """Indices of the episodes in an order such that any first so many are spread evenly over the scenes.
+
+    It is random otherwise, by the seed.
+    """
     seen: dict[str, int] = defaultdict(int)
     turns: list[tuple[int, int]] = []
-    shuffled = [episodes[index] for index in np.random.default_rng([seed, 0xDE]).permutation(len(episodes))]
-    for place, episode in enumerate(shuffled):
-        turns.append((seen[episode.scene_id], place))
-        seen[episode.scene_id] += 1
+    shuffled = np.random.default_rng([seed, 0xDE]).permutation(len(episodes)).tolist()
+    for place, index in enumerate(shuffled):
+        scene = episodes[index].scene_id
+        turns.append((seen[scene], place))
+        seen[scene] += 1
     return [shuffled[place] for _, place in sorted(turns)]
 
 
@@ -142,7 +146,7 @@ def record(
             return before
         header = dataclasses.replace(before.header, wanted=number)
         done = [before[index] for index in range(len(before))]
-    planned = in_turn(split.episodes, source.seed)[:number]
+    planned = [split.episodes[index] for index in in_turn(split.episodes, source.seed)[:number]]
     scenes = {name: split.scenes[name] for name in dict.fromkeys(e.scene_id for e in planned)}
     num_envs = min(source.num_envs, number)
     sampler = PartSampler(planned, num_envs, scenes)

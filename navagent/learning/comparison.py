@@ -8,23 +8,21 @@ finished training is a line of ``runs.jsonl``; the same call goes on from there.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from envs.files import atomic_write
 from navagent.learning.comparison_report import write_report
-from navagent.learning.crew import crew
 from navagent.learning.frames import FrameSource, View, describe_dataset, render_frames
 from navagent.learning.perception import TASKS
+from navagent.learning.trainings import Ledger, carry_out, claim, interruptible
 from navagent.learning.transfer import BASE_TASK, Base, Bench, Job, Outcome, Row, TransferConfig, rows
 from navagent.limits import usable_cores
 from policies.names import nearest
@@ -132,14 +130,9 @@ def compare(
             else:
                 plan.skipped.append({"base": base.name, "row": row.name, "reason": reason})
                 console.print(f"{row.name} on {base.name} is left out: {reason}", highlight=False)
-    runs = Runs(out / "runs.jsonl")
-    for outcome in runs.read():
-        plan.take(outcome)
-    try:
-        _carry_out(plan, runs, shared, config.workers or usable_cores(), console)
-    except KeyboardInterrupt:
-        console.print(f"stopped after {plan.done} of {plan.total} trainings; the same command goes on")
-        raise
+    workers = config.workers or usable_cores()
+    with interruptible(plan, console):
+        carry_out(plan, Ledger(out / "runs.jsonl", Outcome), partial(Bench, shared), workers, console)
     table = write_report(
         out,
         config.task,
@@ -150,7 +143,7 @@ def compare(
             "settings": json.loads((out / "settings.json").read_text("utf-8")),
             "seeds": config.seeds,
             "skipped": plan.skipped,
-            "workers": config.workers or usable_cores(),
+            "workers": workers,
             "seconds": round(time.perf_counter() - began),
         },
     )
@@ -222,62 +215,6 @@ class Plan:
         return [Job(base, row, images, 0, rate, "choose") for rate in self.config.learning_rates]
 
 
-class Runs:
-    """The finished trainings, one a line."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def read(self) -> list[Outcome]:
-        """All whole lines; one that a crash cut short is left out."""
-        found = []
-        if self.path.is_file():
-            for line in self.path.read_text("utf-8").splitlines():
-                try:
-                    found.append(Outcome(**json.loads(line)))
-                except (ValueError, TypeError):
-                    continue
-        return found
-
-    def append(self, outcome: Outcome) -> None:
-        """Adds a line, so that it is on the disk when this returns."""
-        cut_short = self.path.is_file() and not self.path.read_bytes().endswith(b"\n")
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(("\n" if cut_short else "") + json.dumps(asdict(outcome)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _carry_out(plan: Plan, runs: Runs, shared: TransferConfig, workers: int, console: Console) -> None:
-    """Has all trainings of a plan done that are not."""
-    columns = (
-        TextColumn("{task.description:36.36}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("trainings"),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    if plan.done == plan.total:
-        return
-    with (
-        crew(shared, workers) as team,
-        Progress(*columns, console=console, speed_estimate_period=600) as bar,
-    ):
-        shown = bar.add_task("starting", total=plan.total, completed=plan.done)
-        running = 0
-        while True:
-            while running < workers and (job := plan.next()) is not None:
-                team.submit(job)
-                running += 1
-            if not running:
-                return
-            outcome = team.result()
-            running -= 1
-            runs.append(outcome)
-            plan.take(outcome)
-            bar.update(shown, completed=plan.done, description=f"{outcome.row} on {outcome.base}")
-
-
 def _claim(out: Path, config: ComparisonConfig, bases: Sequence[Base]) -> None:
     """Writes what a comparison's trainings have in common; refuses a folder with others."""
     settings = {
@@ -291,13 +228,4 @@ def _claim(out: Path, config: ComparisonConfig, bases: Sequence[Base]) -> None:
         "test_frames": config.test_frames,
         "dataset": describe_dataset(config.dataset),
     }
-    path = out / "settings.json"
-    if path.is_file():
-        if json.loads(path.read_text("utf-8")) != settings:
-            raise ValueError(
-                f"{out} holds a comparison with other settings; choose another folder. More methods or seeds "
-                "can be added to it"
-            )
-        return
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1) + "\n")
+    claim(out, settings, "a comparison", "methods or seeds")

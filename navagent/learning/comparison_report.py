@@ -13,46 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from scipy import stats
 
 from envs.files import atomic_write
 from navagent.evaluation.curves import LIGHT
+from navagent.learning.over_seeds import REFERENCE, Mean, mean, numbers, paired, signed
 from navagent.learning.perception import TASKS
 from navagent.learning.transfer import BASE_TASK, Outcome, Row
-
-REFERENCE = "features"
-"""The row that the others are held against."""
-CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean over seeds."""
-
-    value: float
-    """The mean; infinite if a training diverged."""
-    half_width: float | None
-    """Half of the 95 % interval of Student's t; None for one seed."""
-
-    def __str__(self) -> str:
-        if not math.isfinite(self.value):
-            return "diverged"
-        return f"{self.value:.4g}" + ("" if self.half_width is None else f" ± {self.half_width:.2g}")
-
-    @property
-    def sure(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return self.half_width is not None and abs(self.value) > self.half_width
-
-
-def mean(values: Sequence[float]) -> Mean:
-    """The mean of one value a seed, with its interval."""
-    count = len(values)
-    average = sum(values) / count
-    if count < 2 or not math.isfinite(average):
-        return Mean(average, None)
-    deviation = math.sqrt(sum((value - average) ** 2 for value in values) / (count - 1))
-    return Mean(average, float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * deviation / math.sqrt(count))
 
 
 @dataclass(frozen=True)
@@ -71,7 +37,7 @@ class Cell:
     seconds: float
     """Mean wall time of a training, evaluation included."""
     difference: Mean | None
-    """From :data:`REFERENCE` with the same seeds; None where that was not compared."""
+    """From ``features`` with the same seeds; None where that was not compared."""
 
     @property
     def error(self) -> Mean:
@@ -89,7 +55,6 @@ def cells(task: str, outcomes: Sequence[Outcome]) -> dict[tuple[str, str, int], 
     found = {}
     for (base, row, images), group in groups.items():
         own, reference = errors[base, row, images], errors.get((base, REFERENCE, images), {})
-        shared = [own[seed] - reference[seed] for seed in own if seed in reference]
         found[base, row, images] = Cell(
             base,
             row,
@@ -98,7 +63,7 @@ def cells(task: str, outcomes: Sequence[Outcome]) -> dict[tuple[str, str, int], 
             group[0].learning_rate,
             group[0].trainable,
             sum(o.seconds for o in group) / len(group),
-            mean(shared) if shared and row != REFERENCE else None,
+            paired(own, reference) if row != REFERENCE else None,
         )
     return found
 
@@ -140,11 +105,6 @@ def write_report(
 
 
 def _as_json(cell: Cell) -> dict[str, Any]:
-    def numbers(value: Mean | None) -> dict[str, float | None] | None:
-        if value is None or not math.isfinite(value.value):
-            return None
-        return {"mean": value.value, "half_width": value.half_width}
-
     return {
         "base": cell.base,
         "row": cell.row,
@@ -190,7 +150,7 @@ def _table(
             own = [found[base, row.name, number] for number in images if (base, row.name, number) in found]
             if not own:
                 continue
-            values = [f"{cell.error} | {_signed(cell.difference)}" for cell in own]
+            values = [f"{cell.error} | {signed(cell.difference)}" for cell in own]
             seconds = sum(cell.seconds for cell in own) / len(own)
             lines.append(
                 f"| {row.name} | {own[0].trainable:,} | {own[0].learning_rate:g} | {' | '.join(values)} "
@@ -205,13 +165,6 @@ def _table(
     lines += ["", *(f"{s['row']} on {s['base']}: left out, {s['reason']}." for s in about["skipped"])]
     lines += ["", f"Took {about['seconds'] / 60:.1f} minutes with {about['workers']} processes."]
     return "\n".join(lines) + "\n"
-
-
-def _signed(difference: Mean | None) -> str:
-    if difference is None or not math.isfinite(difference.value):
-        return ""
-    text = f"{'+' if difference.value > 0 else ''}{difference}"
-    return f"**{text}**" if difference.sure else text
 
 
 def draw(

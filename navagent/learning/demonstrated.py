@@ -7,6 +7,7 @@ behaviour cloning needs no loop of its own: the expert's action in each state is
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from envs.files import cache_dir
 from navagent.config import TrainConfig, as_typed, flatten
 from navagent.demonstrations.open import open_stream
-from navagent.demonstrations.recorded import read_demonstrations
+from navagent.demonstrations.recorded import DemonstrationSet, read_demonstrations
 from navagent.demonstrations.recording import RecordOptions, record_demonstrations
 from navagent.demonstrations.stream import DemonstratedStep, DemonstrationStream
 from navagent.distributed import Ranks
@@ -96,20 +97,41 @@ def demonstrations_of(config: TrainConfig) -> Path:
     imitation = config.imitation
     if imitation.demos is not None:
         return Path(imitation.demos).expanduser()
-    number = imitation.num_demos or OWN_DEMONSTRATIONS
-    world = [
+    key = hashlib.sha256("\n".join(_world(config)).encode()).hexdigest()[:16]
+    path = cache_dir() / "demonstrations" / f"expert-{key}.demos"
+    record_expert(config, path, imitation.num_demos or OWN_DEMONSTRATIONS)
+    return path
+
+
+def record_expert(
+    config: TrainConfig, path: Path, number: int, progress: Callable[[int, int], None] | None = None
+) -> DemonstrationSet:
+    """The demonstrations of a file, to which the expert's are added until there are ``number``.
+
+    Args:
+        config: the world; where the homes and episodes are, and where to compute.
+        path: the file; it need not be there.
+        number: how many there shall be at least.
+        progress: called with the demonstrations that are done and all.
+
+    Raises:
+        DemonstrationError: the file holds others than these, or the world has fewer episodes.
+    """
+    if path.exists() and len(found := read_demonstrations(path)) >= number:
+        return found
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = (*_world(config), f"device={config.device}", f"num_threads={config.num_threads}")
+    record_demonstrations(RecordOptions(str(path), work, number=number), progress)
+    return read_demonstrations(path)
+
+
+def _world(config: TrainConfig) -> list[str]:
+    """The settings that decide what the expert does, as they are typed."""
+    return [
         f"{name}={as_typed(value)}"
         for name, value in flatten(config).items()
         if name.partition(".")[0] in ("scenes", "env")
     ]
-    key = hashlib.sha256("\n".join(world).encode()).hexdigest()[:16]
-    path = cache_dir() / "demonstrations" / f"expert-{key}.demos"
-    if path.exists() and len(read_demonstrations(path)) >= number:
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = (*world, f"device={config.device}", f"num_threads={config.num_threads}")
-    record_demonstrations(RecordOptions(str(path), work, number=number))
-    return path
 
 
 def demonstrated_env(config: TrainConfig, ranks: Ranks) -> DemonstratedVectorEnv:

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+from functools import partial
 
 import cv2
 import pytest
@@ -11,10 +12,12 @@ import torch
 from rich.console import Console
 from transfer_world import tilted_walls
 
-from navagent.learning.comparison import ComparisonConfig, Plan, Runs, compare
-from navagent.learning.comparison_report import cells, mean
+from navagent.learning.comparison import ComparisonConfig, Plan, compare
+from navagent.learning.comparison_report import cells
 from navagent.learning.crew import crew
 from navagent.learning.frames import View
+from navagent.learning.over_seeds import mean
+from navagent.learning.trainings import Ledger
 from navagent.learning.transfer import Base, Bench, Job, Outcome, Row, TransferConfig
 
 QUIET = Console(file=io.StringIO())
@@ -95,7 +98,7 @@ def test_a_comparison_leaves_table_plot_and_numbers(tmp_path):
     results = json.loads((settings.out / "results.json").read_text())
     assert len(results["cells"]) == 4
     assert set(results["baselines"]) == {"normals", "reshading"}
-    finals = [run for run in Runs(settings.out / "runs.jsonl").read() if run.phase == "final"]
+    finals = [run for run in Ledger(settings.out / "runs.jsonl", Outcome).read() if run.phase == "final"]
     for cell in results["cells"]:
         own = [r for r in finals if (r.row, r.images) == (cell["row"], cell["images"])]
         assert cell["error"]["mean"] == pytest.approx(sum(r.error("reshading") for r in own) / 2)
@@ -145,7 +148,8 @@ def test_processes_find_what_one_process_finds_and_say_what_went_wrong(tmp_path)
     shared = TransferConfig(View(tmp_path), "reshading", tmp_path / "frames", bases, (6,), 1, 2, 4, 4)
     shared.render(tilted_walls, lambda text: None)
     job = Job("fcn5_small", Row("features", "features"), 6, 0, 3e-4, "final")
-    with crew(shared, 1) as alone, crew(shared, 2) as crowd:
+    bench = partial(Bench, shared)
+    with crew(bench, 1) as alone, crew(bench, 2) as crowd:
         alone.submit(job)
         crowd.submit(job)
         assert crowd.result().measures == alone.result().measures
@@ -164,7 +168,7 @@ def test_methods_that_do_not_take_the_base_are_named_in_the_table(tmp_path):
 def test_a_folder_with_another_comparison_is_left_alone(tmp_path):
     settings = config(tmp_path, images=(6,), seeds=1, methods=("features",))
     compare(settings, tilted_walls, QUIET)
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match=r"other settings \(steps 2, not 3\)"):
         compare(dataclasses.replace(settings, steps=3), tilted_walls, QUIET)
 
 

@@ -1,4 +1,4 @@
-"""Processes of a comparison end with the one that started them."""
+"""Processes that do trainings end with the one that started them."""
 
 import os
 import signal
@@ -9,15 +9,10 @@ import time
 PARENT = """
 import time
 from multiprocessing import active_children
-from pathlib import Path
 from navagent.learning.crew import crew
-from navagent.learning.frames import View
-from navagent.learning.transfer import TransferConfig
 
 if __name__ == "__main__":
-    view = View(Path("."))
-    config = TransferConfig(view, "reshading", Path("."), (), (2,), 1, 1, 1, 1)
-    with crew(config, 2):
+    with crew(object, 2):
         print(*(child.pid for child in active_children()), flush=True)
         time.sleep(60)
 """

@@ -71,6 +71,7 @@ LEARNING_HELP = {
         navagent imitate algorithm.replay_epochs=1 algorithm.replay_steps=1024
         navagent imitate imitation=behaviour_cloning imitation.num_demos=500
         navagent imitate imitation=behaviour_cloning imitation.demos=DEMOS
+        navagent imitate ladder runs/ladder
         navagent train start_from=runs/IMITATED
         """,
     ),
@@ -142,6 +143,10 @@ def _train(arguments: Sequence[str]) -> int:
 
 
 def _imitate(arguments: Sequence[str]) -> int:
+    if arguments[:1] == ["ladder"]:
+        from navagent.ladder_command import ladder
+
+        return ladder(arguments[1:])
     return _learn("imitate", arguments)
 
 

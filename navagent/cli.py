@@ -183,6 +183,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
         navagent evaluate runs/RUN
         navagent evaluate runs/RUN --agents run,random,expert --episodes 500 --videos 4
         navagent evaluate runs/RUN --dataset gibson/v1/val/val.json.gz --scenes scene_datasets
+        navagent evaluate runs/RUN --simulator habitat
         navagent evaluate runs/RUN --official --episodes 100
         navagent evaluate runs/RUN --official --agents run,other=runs/OTHER
         """,
@@ -202,6 +203,11 @@ def _evaluate(arguments: Sequence[str]) -> int:
     where.add_argument("--scenes", metavar="DIR", help="folder that the file's scene ids start from")
     where.add_argument(
         "--episodes", metavar="N", type=int, help="at most so many episodes, evenly over scenes"
+    )
+    where.add_argument(
+        "--simulator",
+        metavar="NAME",
+        help="raycast, which is built in, or habitat: habitat-sim (default: what the run was trained in)",
     )
     who = parser.add_argument_group("agents")
     who.add_argument(
@@ -690,4 +696,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("NAVAGENT_DEBUG", "0") not in ("", "0") or getattr(error, "__notes__", None):
             raise
         print(f"navagent: {error}", file=sys.stderr)
-        return FAILED if isinstance(error, FloatingPointError) else BAD_INPUT
+        # The latter: processes of the simulator died too often.
+        return FAILED if isinstance(error, (FloatingPointError, ChildProcessError)) else BAD_INPUT

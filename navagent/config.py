@@ -47,6 +47,9 @@ SEE_ALL = "`navagent train --help` lists every setting, `navagent train --show-c
 Command = Literal["train", "imitate"]
 """The verbs that train."""
 
+SIMULATORS = ("raycast", "habitat")
+"""The built-in simulator, and habitat-sim."""
+
 STARTS_WITH: dict[Command, dict[str, str]] = {"train": {}, "imitate": {"algorithm": "imitation"}}
 """Options that a verb has by default where ``configs/train.yaml`` has others."""
 
@@ -108,7 +111,7 @@ class ScenesConfig:
 class SimulatorConfig:
     """What simulates the world; all settings but the name are habitat-sim's."""
 
-    name: str = setting("raycast", "the simulator", choices=("raycast", "habitat"))
+    name: str = setting("raycast", "the simulator", choices=SIMULATORS)
     workers: int = setting(
         0, "processes that share the agents, in each process that trains; 0 is one for each core", at_least=0
     )
@@ -447,13 +450,13 @@ class TrainConfig:
         "run, or checkpoint of one, whose agent this one begins as; `train` then does experiment=reinforce",
     )
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
+    simulator: SimulatorConfig = field(default_factory=SimulatorConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
     sensors: SensorsConfig = field(default_factory=SensorsConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     adaptation: AdaptationConfig = field(default_factory=AdaptationConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
-    simulator: SimulatorConfig = field(default_factory=SimulatorConfig)
     imitation: ImitationConfig = field(default_factory=ImitationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -697,6 +700,7 @@ def _check_together(config: TrainConfig) -> None:
                 f"{name}={value} is not a folder"
                 + (f"{nearest(value, words)} (or leave it 'generated')" if words else "")
             )
+    _check_simulator(config.simulator)
     if config.sensors.max_depth <= config.sensors.min_depth:
         raise ConfigError(
             f"sensors.max_depth={config.sensors.max_depth} must be more than sensors.min_depth="
@@ -708,23 +712,11 @@ def _check_together(config: TrainConfig) -> None:
     _check_adaptation(config)
     if algorithm.curriculum_end < algorithm.curriculum_start:
         raise ConfigError(
-    _check_simulator(config.simulator)
             f"algorithm.curriculum_end={algorithm.curriculum_end} is less than algorithm.curriculum_start="
             f"{algorithm.curriculum_start}"
         )
 
 
-def _check_imitation(config: TrainConfig) -> None:
-    """What the settings of a teacher must have in common with the others."""
-    if config.imitation.name != "behaviour_cloning":
-        return
-    if config.algorithm.name != "imitation":
-        raise ConfigError(
-            "imitation=behaviour_cloning does not come before PPO in one run: clone with `navagent imitate "
-            "imitation=behaviour_cloning`, then `navagent train start_from=RUN`"
-        )
-    if config.algorithm.curriculum != "none":
-        raise ConfigError(
 def _check_simulator(simulator: SimulatorConfig) -> None:
     """What habitat-sim's settings name must be there, and say something."""
     gpu_numbers(simulator.gpu_ids)
@@ -755,6 +747,17 @@ def gpu_numbers(text: str) -> list[int] | None:
     return [int(word) for word in words]
 
 
+def _check_imitation(config: TrainConfig) -> None:
+    """What the settings of a teacher must have in common with the others."""
+    if config.imitation.name != "behaviour_cloning":
+        return
+    if config.algorithm.name != "imitation":
+        raise ConfigError(
+            "imitation=behaviour_cloning does not come before PPO in one run: clone with `navagent imitate "
+            "imitation=behaviour_cloning`, then `navagent train start_from=RUN`"
+        )
+    if config.algorithm.curriculum != "none":
+        raise ConfigError(
             f"algorithm.curriculum={config.algorithm.curriculum} chooses episodes to play, and "
             "imitation=behaviour_cloning plays none: use algorithm.curriculum=none"
         )
@@ -991,6 +994,9 @@ def _check_meant(config: TrainConfig, named: Mapping[str, str]) -> None:
         dead |= dict.fromkeys(PPO_ALONE, "algorithm=imitation")
     defaults = flatten(TrainConfig())
     now = flatten(config)
+    if config.simulator.name == "raycast":
+        workers = [name for name in now if name.startswith("simulator.") and name != "simulator.name"]
+        dead |= dict.fromkeys(workers, "simulator=raycast")
     for name, choice in dead.items():
         if name in named and now[name] != defaults[name]:
             raise ConfigError(f"{name}={as_typed(now[name])} means nothing with {choice}; leave it out")
@@ -1002,9 +1008,6 @@ def adaptation_settings(config: AdaptationConfig) -> dict[str, Any]:
 
     defaults = {option.name: option.default for option in method_options(config.name)}
     return {"name": config.name, **defaults, **config.options}
-    if config.simulator.name == "raycast":
-        workers = [name for name in now if name.startswith("simulator.") and name != "simulator.name"]
-        dead |= dict.fromkeys(workers, "simulator=raycast")
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

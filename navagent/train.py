@@ -24,11 +24,13 @@ from navagent.build import (
     Split,
     cameras,
     check_perception,
+    check_simulator,
     load_split,
     make_training_envs,
     make_vector_env,
     policy_settings,
     share_of_scenes,
+    simulator_gpus,
     training_device,
 )
 from navagent.config import AlgorithmConfig, ConfigError, TrainConfig, started_run, to_yaml
@@ -104,6 +106,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Run:
 def _train(
     config: TrainConfig, console: Console, stop: StopSignals, stack: contextlib.ExitStack, ranks: Ranks
 ) -> Run:
+    check_simulator(config)
     state: dict[str, Any] | None = None
     if config.resume is not None:
         run = Run(Path(config.resume).expanduser())
@@ -124,7 +127,8 @@ def _train(
             # Where none are given, the expert records them now.
             console.print(f"demonstrations  {demonstrations_of(config)}", soft_wrap=True)
     own_split = share_of_scenes(config, train_split, ranks)
-    check_scenes(own_split.scenes.values())
+    if config.simulator.name == "raycast":
+        check_scenes(own_split.scenes.values())
     # Where all weights are in a checkpoint, the files they started from may be gone.
     restored = state is not None or config.start_from is not None
     model = make_model(config, own_split, ranks, restored)
@@ -133,7 +137,9 @@ def _train(
     origin: Origin | None = None
     if state is None and config.start_from is not None:
         origin = begin_as(model, config)
-    memory = plan_memory(config, model, val_split.scenes.values())
+    # habitat-sim's workers hold their scenes themselves.
+    held_here = val_split.scenes.values() if config.simulator.name == "raycast" else ()
+    memory = plan_memory(config, model, held_here)
     memory.check()
     # Not before everything is built: what fails by then should leave no folder behind.
     if config.resume is None:
@@ -473,8 +479,16 @@ class Trainer(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         self.logger.record("time/trained_seconds", self.trained_seconds + time.monotonic() - self._clock)
+        if self.config.simulator.name != "raycast":
+            restarts = sum(env.simulator.restarts for env in self._simulated())
+            self.logger.record("time/simulator_restarts", restarts)
         if self.curriculum is not None:
             self.logger.record("rollout/max_geodesic", self.vector_envs[0].sampler.max_geodesic)
+
+    def _simulated(self) -> list[PointNavVectorEnv]:
+        """The environments of this training that have a simulator."""
+        envs = [*self.vector_envs, self._val_env]
+        return [env for env in envs if isinstance(env, PointNavVectorEnv)]
 
     def on_update_end(self) -> bool:
         """Called by the algorithm after each update; False ends the training."""
@@ -773,6 +787,7 @@ def plan(
         f"{algorithm.num_steps} steps a rollout{processes}",
         "memory": memory.describe(),
         "features": "; ".join(f"{image}: {how}" for image, how in feature_storage(policy).items()) or "none",
+        "simulator": simulator_line(config, model),
         "device": f"{model.device}, {torch.get_num_threads()} threads, seed {config.seed}",
         "run": f"{run.path}" + (f", going on after {model.num_timesteps:,} frames" if config.resume else ""),
     }
@@ -786,6 +801,17 @@ def plan(
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def simulator_line(config: TrainConfig, model: SequenceLearner) -> str:
+    """What simulates the world, in words."""
+    if config.simulator.name == "raycast":
+        return "built in"
+    worlds = model.env.vector_envs  # type: ignore[union-attr]
+    workers = sum(len(w.simulator.process_ids) for w in worlds if isinstance(w, PointNavVectorEnv))
+    gpus = simulator_gpus(config, max(1, workers))
+    where = "in software" if set(gpus) == {-1} else f"on GPUs {', '.join(map(str, sorted(set(gpus))))}"
+    return f"habitat-sim in {workers} worker processes, drawing {where}"
 
 
 def _run_dir(config: TrainConfig) -> Path:

@@ -165,6 +165,8 @@ class Simulator(ABC):
     """Whether the last forward move was cut short: (N,) bool."""
     restarts: int = 0
     """How often a process of this simulator died and was started again."""
+    process_ids: Sequence[int] = ()
+    """Process ids of this simulator's workers, where it has any."""
 
     @abstractmethod
     def load_scenes(self, scenes: Sequence[Path]) -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from envs.vector_env import PointNavVectorEnv
 from navagent.arguments import nearest
-from navagent.build import load_split
+from navagent.build import check_simulator, load_split
 from navagent.config import ConfigError, ScenesConfig, SensorsConfig, TrainConfig, load_config, read_config
 from navagent.demonstrations.keyboard import Display, KeyboardAgent, open_display
 from navagent.demonstrations.record import record
@@ -69,6 +69,7 @@ def record_demonstrations(
     """
     run = _run(options)
     config = load_config(options.settings) if run is None else _config_of(run, options.settings)
+    check_simulator(config)
     split = load_split(config, options.split or config.scenes.train_split)
     number = len(split.episodes) if options.number is None else options.number
     scenes = config.scenes

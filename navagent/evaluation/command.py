@@ -23,6 +23,7 @@ from envs.make import split_file
 from envs.vector_env import PointNavVectorEnv
 from navagent.build import (
     Split,
+    check_simulator,
     dataset_dir,
     make_vector_env,
     policy_settings,
@@ -30,7 +31,7 @@ from navagent.build import (
     scenes_dir,
     training_device,
 )
-from navagent.config import ConfigError, SensorsConfig, TrainConfig, nearest, read_config
+from navagent.config import SIMULATORS, ConfigError, SensorsConfig, TrainConfig, nearest, read_config
 from navagent.distributed import Ranks, joined
 from navagent.evaluation.agents import BASELINES, Agent, PolicyAgent
 from navagent.evaluation.departures import by_scene, departures
@@ -77,6 +78,8 @@ class EvaluateOptions:
     """Episodes with a video."""
     device: str = "auto"
     """cpu, cuda or auto."""
+    simulator: str | None = None
+    """``raycast`` or ``habitat``; the run's own if None."""
     official: bool = False
     """Whether habitat-lab's own environment and measures are asked too, see
     :mod:`navagent.evaluation.official`."""
@@ -93,6 +96,10 @@ class EvaluateOptions:
             )
         if self.scenes is not None and self.dataset is None:
             raise ConfigError("--scenes goes with --dataset")
+        if self.official and self.simulator is not None:
+            raise ConfigError("--official measures in both simulators: leave --simulator out")
+        if self.simulator not in (None, *SIMULATORS):
+            raise ConfigError(f"--simulator {self.simulator} is not one of {', '.join(SIMULATORS)}")
         if self.dataset is not None and not Path(self.dataset).is_file():
             raise ConfigError(f"--dataset {self.dataset} is not a file")
         if self.scenes is not None and not Path(self.scenes).is_dir():
@@ -131,16 +138,21 @@ def evaluate_run(
 
         return evaluate_official(options, console, ranks)
     run = Run(options.run)
-    config = dataclasses.replace(read_config(run.config_path), device=options.device)
+    own = read_config(run.config_path)
+    config = _world(options, own)
     contenders = parse_agents(options.agents, run)
     # A broken checkpoint should be found before the first agent has run for minutes.
     checkpoints = {c.name: c.run.checkpoint(options.checkpoint) for c in contenders if c.run is not None}
+    check_simulator(config)
     split = read_split(*split_source(options, config))
     episodes = spread(split.episodes, options.episodes or len(split.episodes))
     scenes = {episode.scene_id: split.scenes[episode.scene_id] for episode in episodes}
     results = evaluate_contenders(contenders, config, ranks.share(episodes), scenes, options)
     results = {name: gathered(found, ranks) for name, found in results.items()}
-    out = Path(options.out) if options.out else run.path / "evaluation" / split.name
+    # Another simulator's numbers do not take the place of the run's own.
+    other = "" if options.simulator in (None, own.simulator.name) else f"-{options.simulator}"
+    name = f"{split.name}{other}"
+    out = Path(options.out) if options.out else run.path / "evaluation" / name
     if not ranks.first:
         return out
     out.mkdir(parents=True, exist_ok=True)
@@ -151,7 +163,8 @@ def evaluate_run(
     left = departures(results[shown.name]).to_json()
     left["homes"] = _draw_departures(results[shown.name], split, shown_config, options, out)
     first, *others = results.values()
-    summary = what_was_evaluated(options, config, split.name, episodes, checkpoints) | {
+    summary = what_was_evaluated(options, config, name, episodes, checkpoints) | {
+        "simulator": config.simulator.name,
         "agents": {name: to_json(summary) for name, summary in summaries.items()},
         "difference": {
             found[0].agent: to_json(
@@ -163,7 +176,7 @@ def evaluate_run(
         "pictures": pictures,
     }
     write_evaluation(out, summary, [result for found in results.values() for result in found])
-    title = f"{run.path.name} on {split.name}: {len(episodes)} episodes in {len(scenes)} scenes"
+    title = f"{run.path.name} on {name}: {len(episodes)} episodes in {len(scenes)} scenes"
     console.print(results_table(summaries, title, console.width))
     report = write_report(run)
     console.print(f"results  {out}\nreport   {report}", soft_wrap=True)
@@ -197,6 +210,13 @@ def write_evaluation(out: Path, summary: Mapping[str, Any], results: Sequence[Ep
     write_results(results, out / "episodes.jsonl")
     with atomic_write(out / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+
+
+def _world(options: EvaluateOptions, own: TrainConfig) -> TrainConfig:
+    """A run's settings with the device and the simulator of the options."""
+    name = options.simulator or own.simulator.name
+    simulator = dataclasses.replace(own.simulator, name=name)
+    return dataclasses.replace(own, device=options.device, simulator=simulator)
 
 
 def as_command(options: EvaluateOptions) -> str:
@@ -267,6 +287,7 @@ def contender_config(run: Run, config: TrainConfig) -> TrainConfig:
         own,
         env=config.env,
         scenes=config.scenes,
+        simulator=config.simulator,
         device=config.device,
         num_threads=config.num_threads,
     )

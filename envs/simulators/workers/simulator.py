@@ -95,7 +95,7 @@ class WorkerSimulator(Simulator):
         return self._pool.restarts
 
     @property
-    def process_ids(self) -> list[int]:
+    def process_ids(self) -> list[int]:  # type: ignore[override]
         """Process ids of the workers as they are now."""
         return self._pool.process_ids
 

@@ -245,7 +245,13 @@ class AlgorithmConfig:
         "how a rollout stores frozen features; 16 bits halve their memory, and round them",
         choices=("float32", "float16", "bfloat16"),
     )
-    epochs: int = setting(2, "passes over a rollout", at_least=1, at_most=1000)
+    epochs: int = setting(
+        2,
+        "passes over the newest rollout in each update; 0 learns labels from all rollouts alike "
+        "(algorithm=imitation with replay_epochs)",
+        at_least=0,
+        at_most=1000,
+    )
     replay_epochs: int = setting(
         0,
         "passes over past rollouts in each update, beside those over the newest; algorithm=imitation "
@@ -671,6 +677,11 @@ def _check_together(config: TrainConfig) -> None:
         raise ConfigError(
             f"algorithm.replay_steps={algorithm.replay_steps} holds no past beside the newest rollout: "
             f"expected at least {algorithm.num_steps + 2}, two more than algorithm.num_steps"
+        )
+    if algorithm.epochs == 0 and not (algorithm.name == "imitation" and algorithm.replay_epochs):
+        raise ConfigError(
+            "algorithm.epochs=0 learns nothing from the newest rollout: expected at least 1, or "
+            "algorithm=imitation with algorithm.replay_epochs, whose labels come from all rollouts"
         )
     _check_imitation(config)
     for name in ("cpc_coef", "inverse_dynamics_coef"):

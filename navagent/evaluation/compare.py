@@ -170,7 +170,8 @@ def _rules(config: TrainConfig) -> dict[str, Any]:
     rules = {
         name: value
         for name, value in flatten(config).items()
-        if name.partition(".")[0] == "env" and name.partition(".")[2] not in OF_REWARD
+        if name == "simulator.name"
+        or (name.partition(".")[0] == "env" and name.partition(".")[2] not in OF_REWARD)
     }
     scenes = config.scenes
     if scenes.dataset == "generated":

@@ -22,7 +22,8 @@ class Imitator(SequenceLearner):
 
     Online, each rollout is learned from once it is complete, and then dropped. With ``replay_steps``, the
     sequences of all rollouts are aggregated as far as these allow, and each update makes ``replay_epochs``
-    passes over as many of them as a rollout has, beside ``n_epochs`` over the newest rollout.
+    passes over as many of them as a rollout has, beside ``n_epochs`` over the newest rollout; with 0 of
+    those, all rollouts count alike, as in Ross et al.
 
     The policy class must be one that :class:`navagent.learning.ppo.PPO` takes too; ``imitation.frames`` is
     how long the training is meant to be, for the schedule of the mixture.
@@ -68,6 +69,7 @@ class Imitator(SequenceLearner):
         yield from super()._label_passes()
         if self.aggregate is None:
             return
+        kind = "replay/" if self.n_epochs else "train/"
         for _ in range(self.replay_epochs):
             # The groups that a rollout would be split into; this rank brings as many as are its own.
             order = torch.randperm(self.n_envs * self.ranks.size, generator=self.generator)
@@ -75,10 +77,10 @@ class Imitator(SequenceLearner):
             sizes = [int(part.sum()) for part in own.tensor_split(self.label_minibatches)]
             generator = self._own_generator()
             if len(self.aggregate):
-                yield self.aggregate.draw(sizes, generator), "replay/"
+                yield self.aggregate.draw(sizes, generator), kind
             else:
                 # All of this rank's rollouts ended early so far.
-                yield self.rollout_buffer.minibatches(self.label_minibatches, generator), "replay/"
+                yield self.rollout_buffer.minibatches(self.label_minibatches, generator), kind
 
     def training_state(self) -> dict[str, Any]:
         """See :meth:`navagent.learning.algorithm.SequenceAlgorithm.training_state`."""

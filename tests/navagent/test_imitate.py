@@ -1,7 +1,10 @@
 """``navagent imitate``: DAgger, behaviour cloning, and PPO that begins as an imitated agent."""
 
+import dataclasses
 import io
+import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,12 +13,12 @@ from rich.console import Console
 from test_train import interrupt_after, numbers
 
 from navagent.cli import main
-from navagent.config import ConfigError, load_config
+from navagent.config import ConfigError, TrainConfig, load_config
 from navagent.demonstrations.recorded import read_demonstrations
 from navagent.evaluation.report import reproduce_command
 from navagent.learning.demonstrated import demonstrations_of
-from navagent.runs import CheckpointError, Run, read_checkpoint
-from navagent.train import teaching, train
+from navagent.runs import CheckpointError, Origin, Run, read_checkpoint
+from navagent.train import begin_as, teaching, train
 
 FRAMES = 4 * 32
 
@@ -70,6 +73,12 @@ METHODS = {
         "algorithm.replay_epochs=2",
         "algorithm.replay_steps=20",
     ),
+    "dagger on all rollouts alike, lstm": (
+        "algorithm.epochs=0",
+        "algorithm.replay_epochs=4",
+        "algorithm.replay_steps=32",
+        "memory=lstm",
+    ),
     "cloning": ("imitation=behaviour_cloning", "imitation.num_demos=10", "memory=frame_stack"),
     "stop is automatic": ("env.stop=automatic", "memory=none"),
 }
@@ -80,8 +89,8 @@ def test_an_imitation_that_was_stopped_goes_on_as_if_it_had_not_been(room, tmp_p
     whole = imitate(room, tmp_path / "whole", *METHODS[method])
     records = [record for record in whole.read_metrics() if "imitation/loss" in record]
     assert [record["rollout/phase"] for record in records] == ["imitation"] * 4
-    assert records[-1]["imitation/loss"] < records[0]["imitation/loss"]
     assert ("replay/agreement" in records[-1]) == ("aggregated" in method)
+    assert records[-1]["imitation/loss"] < records[0]["imitation/loss"]
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         interrupt_after(patch, 2, signal.SIGTERM)
         output = silent()
@@ -109,6 +118,87 @@ def test_cloning_records_its_own_demonstrations_once_and_says_so(room, tmp_path)
     # Asked for by name, they are the same.
     named = imitate(room, tmp_path / "named", *asked, f"imitation.demos={file}")
     assert numbers(named) == numbers(Run(tmp_path / "first"))
+
+
+CLONING = ("imitation=behaviour_cloning", "imitation.num_demos=4")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("adaptation=spottune", "encoder=resnet_small", "memory=lstm"),
+        ("adaptation=hst", "encoder=vit_mini", "env.stop=automatic"),
+        ("adaptation=finetune", "sensors=depth", *CLONING),
+        ("sensors=blind", "memory=none", *CLONING),
+    ],
+    ids=lambda asked: asked[0],
+)
+def test_any_agent_is_imitated(room, tmp_path, asked):
+    run = imitate(room, tmp_path / "run", "algorithm.total_frames=32", "imitation.minibatches=2", *asked)
+    (record,) = run.read_metrics()
+    assert 0 < record["imitation/loss"] < 3
+    assert record["train/grad_norm"] > 0
+
+
+@pytest.fixture(scope="module")
+def demos(room, tmp_path_factory):
+    """Six demonstrations of eight that were wanted: the recording was interrupted."""
+    file = tmp_path_factory.mktemp("demos") / "expert.demos"
+    world = ["demos", "record", str(file), f"scenes.dataset={room}", "env.max_steps=60"]
+    assert main([*world, "--number", "6"]) == 0
+    held = read_demonstrations(file)
+    held.header = dataclasses.replace(held.header, wanted=8)
+    held.save(file)
+    return file
+
+
+def test_a_partly_recorded_set_can_be_cloned(room, tmp_path, demos):
+    console = silent()
+    asked = "imitation=behaviour_cloning", f"imitation.demos={demos}", "algorithm.total_frames=32"
+    run = imitate(room, tmp_path / "run", *asked, console=console)
+    assert "from 6 demonstrations" in " ".join(console.file.getvalue().split())
+    assert [record["frames"] for record in run.read_metrics()] == [32]
+
+
+def truncated(file, room):
+    file.write_bytes(file.read_bytes()[:-100])
+    return room
+
+
+def of_another_version(file, room):
+    file.write_bytes(file.read_bytes().replace(b'\\"version\\": 1', b'\\"version\\": 7'))
+    return room
+
+
+def of_another_scene(file, room):
+    other = file.parent / "other"
+    shutil.copytree(room, other)
+    scene = other / "scenes" / "room" / "room.glb"
+    scene.write_bytes(scene.read_bytes() + b"more")
+    return other
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (truncated, "truncated, damaged, or no file of demonstrations"),
+        (of_another_version, "demonstrations of version 7, this navagent reads version 1"),
+        (of_another_scene, "scenes/room/room.glb"),
+    ],
+)
+def test_demonstrations_that_do_not_fit_are_refused_by_name(
+    room, tmp_path, demos, capsys, monkeypatch, change, message
+):
+    monkeypatch.setenv("NAVAGENT_DEBUG", "0")
+    file = tmp_path / "mine.demos"
+    shutil.copy(demos, file)
+    world = change(file, room)
+    asked = words(world, tmp_path / "run", "imitation=behaviour_cloning", f"imitation.demos={file}")
+    assert main(["imitate", *asked]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("navagent: ")
+    assert not (tmp_path / "run").exists()
 
 
 def test_more_agents_than_demonstrations_are_refused(room, tmp_path):
@@ -178,12 +268,28 @@ def test_ppo_begins_as_the_imitated_agent_and_its_critic_learns_first(imitated, 
     assert not torch.equal(policies[2]["action_net.weight"], began["action_net.weight"])
     records = [record for record in run.read_metrics() if "train/loss" in record]
     assert [record["rollout/phase"] for record in records] == ["critic"] * 2 + ["ppo"] * 2
+    assert run.origin == Origin(str(imitated.path.resolve()), "best.safetensors", FRAMES)
     # The pull begins where the critic has learned, and falls.
     assert "imitation/divergence" not in records[0]
     assert "imitation/divergence" in records[2]
     weights = [record["imitation/anchor_weight"] for record in records]
     assert weights[0] == weights[1] == pytest.approx(0.3)
     assert weights[1] > weights[2] > weights[3]
+
+
+def test_the_frames_of_all_runs_that_an_agent_comes_from_are_noted(imitated, tmp_path):
+    model = SimpleNamespace(policy=SimpleNamespace(load_state_dict=lambda state: None))
+
+    def origin(of):
+        return begin_as(model, dataclasses.replace(TrainConfig(), start_from=str(of)))
+
+    assert origin(imitated.path) == Origin(str(imitated.path.resolve()), "best.safetensors", FRAMES)
+    second = Run.create(tmp_path / "second", imitated.config_path.read_text(), origin(imitated.path))
+    file = second.save_checkpoint(300, {"policy": {}, "frames": 300})
+    second.append_metrics({"frames": 500})
+    assert origin(second.path).frames == FRAMES + 500
+    # Behind one of its checkpoints by name, there is only what was trained until then.
+    assert origin(file).frames == FRAMES + 300
 
 
 def test_an_imitated_agent_is_measured_before_it_is_reinforced(imitated, tmp_path):
@@ -250,6 +356,7 @@ def test_what_is_no_run_is_not_begun_from(imitated, tmp_path):
             "means nothing with imitation=behaviour_cloning",
         ),
         (["imitation=behaviour_cloning", "algorithm.curriculum=linear"], "plays none"),
+        (["algorithm.epochs=0"], "algorithm.epochs=0 learns nothing from the newest rollout"),
         (["algorithm.replay_steps=9"], "replay_epochs=0 and algorithm.replay_steps=9"),
         (["--frames=3"], "see `navagent imitate --help`"),
     ],

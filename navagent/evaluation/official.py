@@ -35,7 +35,7 @@ from envs.episodes import Episode, heading_of
 from envs.files import atomic_write
 from envs.simulators.base import Action, Simulator
 from envs.vector_env import PointNavVectorEnv
-from navagent.build import Split, make_vector_env, read_split, training_device
+from navagent.build import Split, make_vector_env, read_split, simulator_gpus
 from navagent.config import (
     ConfigError,
     EnvConfig,
@@ -131,10 +131,10 @@ def evaluate_official(options: EvaluateOptions, console: Console, ranks: Ranks) 
     if ranks.size > 1:
         raise ConfigError(f"--official runs in one process, not in {ranks.size}: start it without torchrun")
     run = Run(options.run)
+    config = dataclasses.replace(read_config(run.config_path), device=options.device)
+    gpu, scene_dataset = simulator_gpus(config, 1)[0], config.simulator.scene_dataset_config
     # What is set beside Habitat is the built-in simulator, whichever the run was trained in.
-    config = dataclasses.replace(
-        read_config(run.config_path), device=options.device, simulator=SimulatorConfig()
-    )
+    config = dataclasses.replace(config, simulator=SimulatorConfig())
     contenders = parse_agents(options.agents, run)
     checkpoints = {c.name: _trained(c).checkpoint(options.checkpoint) for c in contenders}
     file, scenes_dir, name = split_source(options, config)
@@ -145,8 +145,10 @@ def evaluate_official(options: EvaluateOptions, console: Console, ranks: Ranks) 
     for contender in contenders:
         settings = contender_config(_trained(contender), config)
         written = out / ("habitat.yaml" if contender is contenders[0] else f"habitat-{contender.name}.yaml")
-        _write_settings(written, settings, file, scenes_dir, options)
-        walks = _play_in_habitat(contender, settings, written, split, episodes, options)
+        found = habitat_settings(settings, file, scenes_dir, options.seed, gpu)
+        _write_settings(written, found, options)
+        env = open_habitat(written, split, episodes, scene_dataset)
+        walks = _play_in_habitat(contender, settings, env, split, episodes, options)
         chosen = {episode.scene_id: split.scenes[episode.scene_id] for episode in episodes}
         results[contender.name] = {
             HABITAT: [walk.result(f"{contender.name}, {HABITAT}") for walk in walks],
@@ -208,23 +210,18 @@ def _named(results: list[EpisodeResult], name: str) -> list[EpisodeResult]:
 # habitat-lab's -------------------------------------------------------------------------------------------
 
 
-def _write_settings(
-    path: Path, config: TrainConfig, file: Path, scenes_dir: Path, options: EvaluateOptions
-) -> None:
-    device = training_device(options.device)
-    gpu = (device.index or 0) if device.type == "cuda" else -1
+def _write_settings(path: Path, settings: Mapping[str, Any], options: EvaluateOptions) -> None:
     comment = (
         f"What {options.run} was trained for, for habitat-lab: written by `navagent evaluate --official`."
     )
     with atomic_write(path) as temporary:
-        text = to_hydra(habitat_settings(config, file, scenes_dir, options.seed, gpu), comment)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(to_hydra(settings, comment), encoding="utf-8")
 
 
 def _play_in_habitat(
     contender: Contender,
     config: TrainConfig,
-    settings: Path,
+    env: Any,
     split: Split,
     episodes: Sequence[Episode],
     options: EvaluateOptions,
@@ -236,7 +233,6 @@ def _play_in_habitat(
         deterministic=options.deterministic,
         seed=options.seed,
     )
-    env = open_habitat(settings, split, episodes)
     try:
         with evaluation_progress() as progress:
             task = progress.add_task(f"{contender.name} in Habitat", total=len(episodes))
@@ -255,13 +251,16 @@ class HabitatAgent(Protocol):
         """The next action: ``{"action": NAME}``."""
 
 
-def open_habitat(settings: Path, split: Split, episodes: Sequence[Episode]) -> Any:
+def open_habitat(
+    settings: Path, split: Split, episodes: Sequence[Episode], scene_dataset: str | None = None
+) -> Any:
     """habitat-lab's environment over some episodes of a split, each of which it hands out once.
 
     Args:
         settings: The file that :func:`~navagent.evaluation.habitat_settings.to_hydra` wrote.
         split: What the same files hold as this package reads them.
         episodes: Those of the split that are played.
+        scene_dataset: Habitat's description of the data set that the scenes belong to, where they need one.
 
     Raises:
         ConfigError: habitat-lab reads other episodes from the files.
@@ -284,6 +283,8 @@ def open_habitat(settings: Path, split: Split, episodes: Sequence[Episode]) -> A
         if id(own) in wanted:
             # habitat-lab joins the id to its folder; the scene was found in other places too.
             other.scene_id = str(split.scenes[own.scene_id].resolve())
+            if scene_dataset is not None:
+                other.scene_dataset_config = str(Path(scene_dataset).expanduser().resolve())
             chosen.append(other)
     data.episodes = chosen
     return habitat.Env(config, data)

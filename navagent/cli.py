@@ -553,16 +553,22 @@ def _demos(arguments: Sequence[str]) -> int:
 
 
 def _reference(arguments: Sequence[str]) -> int:
+    if arguments[:1] == ["record"]:
+        from navagent.habitat_recorder.command import record_command
+
+        return record_command(arguments[1:])
     parser = command_parser(
         "reference",
         "Holds the built-in simulator and the task against a folder of recordings of real Habitat, and "
-        "prints every figure with its bar. Exit status 1 where one is missed.",
+        "prints every figure with its bar. Exit status 1 where one is missed. `navagent reference record` "
+        "makes such a folder (see `navagent reference record --help`).",
         """
         navagent reference recordings
         navagent reference recordings --json
+        navagent reference record data/scene_datasets/gibson recordings
         """,
     )
-    parser.add_argument("folder", metavar="DIR", help="folder of recordings")
+    parser.add_argument("folder", metavar="DIR", help="folder of recordings; one named record is ./record")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(arguments)
     from navagent.reference import run
@@ -619,7 +625,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "weights": (_weights, "list, fetch, import and check published weights"),
     "adapt": (_adapt, "list what adaptation methods cost; distil side networks; compare all methods"),
     "bench": (_bench, "measure how fast training is, beside other learners"),
-    "reference": (_reference, "hold the simulator against recordings of real Habitat"),
+    "reference": (_reference, "hold the simulator against recordings of real Habitat; make them"),
     "export": (_export, "write a policy as ONNX, with a card, for robots without navagent"),
     "doctor": (_doctor, "check the installation, and say what is wrong and how to mend it"),
 }

@@ -131,7 +131,8 @@ def _layout(found: Answers, cameras: tuple[SensorSpec, ...]) -> Iterator[tuple[S
     n = count("step_start")
     yield {"step_start": (n, 3), "step_target": (n, 3)}, {"step_slide": (n, 3), "step_no_slide": (n, 3)}
     n = count("query_point")
-    yield {"query_point": (n, 3)}, {"query_is_navigable": (n,), "query_snapped": (n, 3)}
+    replies = {"query_is_navigable": (n,), "query_snapped": (n, 3), "query_island_radius": (n,)}
+    yield {"query_point": (n, 3)}, replies
     n = count("obstacle_point")
     yield {"obstacle_point": (n, 3)}, {"obstacle_distance": (n,)}
     for kind in ("slide", "stop"):

@@ -86,7 +86,7 @@ def run(folder: str | Path, as_json: bool = False) -> int:
         figures = [asdict(row) | {"passed": row.passed} for row in rows]
         print(json.dumps({"folder": str(folder), "passed": passed, "rows": figures}, indent=2))
     else:
-        _print_table(rows)
+        print_table(rows, "The built-in simulator beside real Habitat")
     return 0 if passed else 1
 
 
@@ -402,11 +402,12 @@ def _within(ours: NDArray[Any] | None, theirs: NDArray[Any] | None, tolerance: f
     return np.where(finite[0] & finite[1], near, finite[0] == finite[1])
 
 
-def _print_table(rows: list[Row]) -> None:
+def print_table(rows: list[Row], title: str) -> None:
+    """Prints figures with their bars, and how many reach them."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("scene", "what", title="The built-in simulator beside real Habitat")
+    table = Table("scene", "what", title=title)
     for column in ("measured", "bar"):
         table.add_column(column, justify="right")
     table.add_column("")

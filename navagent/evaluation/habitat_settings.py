@@ -7,6 +7,7 @@ what the run has otherwise. So habitat-lab checks every name and every type in i
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def habitat_settings(
     }
 
 
-def to_hydra(settings: dict[str, Any], comment: str) -> str:
+def to_hydra(settings: Mapping[str, Any], comment: str) -> str:
     """The text of a file with such settings, which says what it is in its first lines."""
     lines = "\n".join(f"# {line}" for line in comment.splitlines())
     return f"# @package _global_\n{lines}\n{yaml.safe_dump(settings, sort_keys=False)}"

@@ -400,7 +400,7 @@ def _draw(
             if studio is not None:
                 studio.close()
             studio, scene_shown = Studio(split.scenes[result.scene_id], config), result.scene_id
-        stem = f"{index:03d}-{Path(result.scene_id).stem}-{_safe(result.episode_id)}"
+        stem = f"{index:03d}-{Path(result.scene_id).stem}-{safe_name(result.episode_id)}"
         picture: dict[str, Any] = {"result": result.to_json()}
         if index < options.maps:
             picture["map"] = _write_png(out / "maps" / f"{stem}.png", studio.map(result), out)
@@ -427,7 +427,7 @@ def _draw_departures(
         if index == min(options.maps, DEPARTURE_MAPS):
             break
         studio = Studio(split.scenes[scene], config)
-        path = folder / f"{index:03d}-{_safe(Path(scene).stem)}.png"
+        path = folder / f"{index:03d}-{safe_name(Path(scene).stem)}.png"
         file = _write_png(path, studio.departures(own), out)
         studio.close()
         share = departures(own).to_json()["share"]
@@ -435,7 +435,7 @@ def _draw_departures(
     return drawn
 
 
-def _safe(name: str) -> str:
+def safe_name(name: str) -> str:
     """An episode's id as a file name may hold it; it comes from a file that anyone may have written."""
     return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)[:40]
 

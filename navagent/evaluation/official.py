@@ -53,6 +53,7 @@ from navagent.evaluation.command import (
     evaluate_contenders,
     evaluation_progress,
     parse_agents,
+    safe_name,
     split_source,
     what_was_evaluated,
     write_evaluation,
@@ -121,7 +122,7 @@ def evaluate_official(options: EvaluateOptions, console: Console, ranks: Ranks) 
     """Evaluates trained agents through habitat-lab and here; returns the folder of the results.
 
     Writes ``summary.json``, ``episodes.jsonl`` and ``habitat.yaml`` there, settings with which habitat-lab
-    itself plays the split: ``habitat.Benchmark("habitat.yaml")``.
+    itself plays the split: ``habitat.Benchmark("habitat.yaml")``. Other agents' are in ``habitat-NAME.yaml``.
 
     Raises:
         ConfigError: Habitat is not installed, an agent is not a trained one, or habitat-lab cannot express
@@ -144,7 +145,8 @@ def evaluate_official(options: EvaluateOptions, console: Console, ranks: Ranks) 
     results: dict[str, dict[str, list[EpisodeResult]]] = {}
     for contender in contenders:
         settings = contender_config(_trained(contender), config)
-        written = out / ("habitat.yaml" if contender is contenders[0] else f"habitat-{contender.name}.yaml")
+        other = "" if contender is contenders[0] else f"-{safe_name(contender.name)}"
+        written = out / f"habitat{other}.yaml"
         found = habitat_settings(settings, file, scenes_dir, options.seed, gpu)
         _write_settings(written, found, options)
         env = open_habitat(written, split, episodes, scene_dataset)

@@ -20,7 +20,7 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors name the nearest right option and leave the exit to the caller."""
 
     def error(self, message: str) -> NoReturn:
-        words = message.split()
+        words = [word.rstrip(":") for word in message.split()]
         for word in words:
             options = list(self._option_string_actions)
             close = difflib.get_close_matches(word.split("=")[0], options, n=1) if word[:1] == "-" else []
@@ -55,7 +55,10 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 def name_list(text: str) -> tuple[str, ...]:
     """The names of an option that takes several, with commas."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not names:
+        raise argparse.ArgumentTypeError(f"{text!r} holds no name; expected one, or several with commas")
+    return names
 
 
 def number_list(text: str) -> tuple[int, ...]:

@@ -136,10 +136,14 @@ def test_list_prints_what_methods_cost(capsys):
         ),
         (["list", "--size", "64"], "'64' is not rows and columns"),
         (["list", "--size", "0x64"], "'0x64' is not rows and columns"),
+        (
+            ["compare", "out", "--bases", ","],
+            "argument --bases: ',' holds no name; expected one, or several with commas (see",
+        ),
         (["list", "--batch-size", "0"], "--batch-size 0: expected at least 1"),
         (["compare"], "required: OUT"),
         (["compare", "out", "--image", "5"], "did you mean --images?"),
-        (["compare", "out", "--images", "5,many"], "'5,many' is not whole numbers"),
+        (["compare", "out", "--images", "5,many"], "not whole numbers with commas, such as 4,16 (see"),
         (["distil", "out", "--steps", "few"], "invalid int value: 'few'"),
     ],
 )

@@ -72,15 +72,15 @@ class RaycastBody:
     """The built-in simulator with one agent a scene."""
 
     def __init__(self, settings):
-        from envs.simulators.base import AgentSpec, SensorSpec
-
-        self.sensors = [SensorSpec(**sensor) for sensor in settings["sensors"]]
-        self.agent = AgentSpec(**settings["agent"])
+        self.settings = settings
 
     def open(self, path):
+        from envs.simulators.base import AgentSpec, SensorSpec
         from envs.simulators.raycast import RaycastSimulator
 
-        return RaycastWorld(RaycastSimulator([path], 1, self.sensors, self.agent, num_threads=1))
+        sensors = [SensorSpec(**sensor) for sensor in self.settings["sensors"]]
+        agent = AgentSpec(**self.settings["agent"])
+        return RaycastWorld(RaycastSimulator([path], 1, sensors, agent, num_threads=1))
 
 
 class RaycastWorld:

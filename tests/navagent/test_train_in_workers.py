@@ -1,0 +1,173 @@
+"""``simulator=habitat`` up to habitat-sim itself, in whose place the built-in simulator runs in workers."""
+
+import io
+import os
+import signal
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from killed_training import numbers
+from one_room import write_one_room
+from rich.console import Console
+
+from envs.simulators.workers.pool import Body, WorkerDiedWarning
+from envs.simulators.workers.simulator import WorkerSimulator
+from navagent.build import max_resident_scenes, simulator_gpus
+from navagent.cli import main
+from navagent.config import ConfigError, gpu_numbers, load_config, read_config
+from navagent.train import train
+
+BODIES = Path(__file__).parents[1] / "envs" / "simulators" / "worker_bodies.py"
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory):
+    return write_one_room(tmp_path_factory.mktemp("room"), num_train=20, num_val=4)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Puts the built-in simulator into habitat-sim's place in the workers."""
+
+    def body(sensors, agent, num_workers, *_):
+        settings = {"sensors": [asdict(sensor) for sensor in sensors], "agent": asdict(agent)}
+        return Body("stand-in", BODIES, "RaycastBody", [settings] * num_workers)
+
+    monkeypatch.setattr("envs.simulators.habitat.simulator.habitat_body", body)
+
+
+def settings(room, path, *overrides):
+    return load_config(
+        [
+            f"scenes.dataset={room}",
+            f"run_dir={path}",
+            "sensors=blind",
+            "sensors.depth=true",
+            "encoder=simple_cnn",
+            "adaptation=scratch",
+            "encoder.image_features=8",
+            "sensors.height=36",
+            "sensors.width=36",
+            "memory.hidden_size=8",
+            "env.max_steps=12",
+            "algorithm.total_frames=48",
+            "algorithm.num_envs=3",
+            "algorithm.num_steps=8",
+            "algorithm.num_minibatches=1",
+            "imitation.frames=0",
+            "evaluation.every_frames=0",
+            "evaluation.final_episodes=0",
+            *overrides,
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(room, tmp_path_factory):
+    """A run in the built-in simulator."""
+    return train(settings(room, tmp_path_factory.mktemp("runs") / "run"), Console(file=io.StringIO()))
+
+
+def test_training_in_workers_learns_the_same_whoever_is_killed_and_goes_on_when_resumed(
+    room, tmp_path, monkeypatch, stand_in, trained
+):
+    processes = set()
+    steps = []
+    original = WorkerSimulator.step
+
+    def step(self, actions):
+        steps.append(self)
+        if len(steps) == 3:
+            os.kill(self.process_ids[0], signal.SIGKILL)
+        original(self, actions)
+        processes.update(self.process_ids)
+
+    monkeypatch.setattr(WorkerSimulator, "step", step)
+    asked = ("simulator=habitat", "simulator.workers=1", "algorithm.max_minutes=1e-6")
+    output = Console(file=io.StringIO(), width=200)
+    with pytest.warns(WorkerDiedWarning, match=r"stand-in worker 0 .* was killed by SIGKILL"):
+        run = train(settings(room, tmp_path / "run", *asked), output)
+    assert "habitat-sim in 1 worker processes, drawing in software" in output.file.getvalue()
+    assert read_config(run.config_path).simulator.name == "habitat"
+    assert int(run.checkpoint("latest").stem) == 24
+    assert run.read_metrics()[-1]["time/simulator_restarts"] == 1
+    resumed = train(
+        load_config([f"resume={run.path}", "algorithm.max_minutes=0"]), Console(file=io.StringIO())
+    )
+    assert numbers(resumed) == numbers(trained)
+    assert len(processes) == 3 and not any(Path(f"/proc/{each}").exists() for each in processes)
+
+
+def test_a_python_without_habitat_sim_is_refused_with_advice_before_homes_are_made(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("NAVAGENT_CACHE", str(tmp_path / "cache"))
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho ModuleNotFoundError: No module named \\'habitat_sim\\' >&2\nexit 1\n")
+    python.chmod(0o755)
+    asked = ["train", "simulator=habitat", f"simulator.python={python}", f"run_dir={tmp_path / 'run'}"]
+    assert main(asked) == 2
+    told = capsys.readouterr().err
+    assert "simulator=habitat: habitat-sim worker 0" in told and "No module named 'habitat_sim'" in told
+    assert "docs/habitat.md" in told and "navagent doctor" in told and "Traceback" not in told
+    assert not (tmp_path / "cache").exists() and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [("auto", None), ("0", [0]), ("[0,1]", [0, 1]), ("0, 1,3", [0, 1, 3]), ("-1", [-1])],
+)
+def test_gpus_are_named_by_their_numbers(text, numbers):
+    assert gpu_numbers(text) == numbers
+
+
+@pytest.mark.parametrize("text", ["-2", "0,,1", "gpu0", "[]", "0;1"])
+def test_what_names_no_gpus_is_refused(text):
+    with pytest.raises(ConfigError, match="expected numbers like 0,1"):
+        load_config(["simulator=habitat", f"simulator.gpu_ids={text}"])
+
+
+def test_workers_of_several_processes_are_spread_over_the_gpus(monkeypatch):
+    config = load_config(["simulator=habitat", "simulator.gpu_ids=[4,5,6]", "device=cpu"])
+    assert simulator_gpus(config, 2) == [4, 5, 6]
+    for name, value in (("RANK", 1), ("LOCAL_RANK", 1), ("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", 2)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    assert simulator_gpus(config, 2) == [6, 4, 5]
+    assert simulator_gpus(load_config(["simulator=habitat", "device=cpu"]), 2) == [-1]
+
+
+def test_only_so_many_scenes_are_resident_that_workers_can_hold_them(tmp_path):
+    files = []
+    for index in range(8):
+        files.append(tmp_path / f"{index}.glb")
+        with files[-1].open("wb") as file:
+            file.truncate(64 << 20)
+    assert max_resident_scenes(load_config([]), files) is None
+    asked = load_config(["simulator=habitat"])
+    assert max_resident_scenes(asked, files[:4]) is None
+    assert max_resident_scenes(asked, files) == 4
+    assert max_resident_scenes(load_config(["simulator=habitat", "simulator.resident_scenes=3"]), files) == 3
+
+
+def test_settings_of_habitat_sim_mean_nothing_to_the_built_in_simulator():
+    with pytest.raises(ConfigError, match=r"simulator\.workers=4 means nothing with simulator=raycast"):
+        load_config(["simulator.workers=4"])
+    with pytest.raises(ConfigError, match="resident_scenes=1 is too few"):
+        load_config(["simulator=habitat", "simulator.resident_scenes=1"])
+    with pytest.raises(ConfigError, match=r"simulator\.python=/no/python is not a file"):
+        load_config(["simulator=habitat", "simulator.python=/no/python"])
+
+
+def test_evaluation_takes_another_simulator_than_the_run_was_trained_in(trained, stand_in, capsys):
+    quiet = ["--agents", "run", "--maps", "0", "--videos", "0"]
+    assert main(["evaluate", str(trained.path), *quiet]) == 0
+    assert main(["evaluate", str(trained.path), "--simulator", "habitat", *quiet]) == 0
+    assert "val-habitat" in capsys.readouterr().out
+    names = ("val", "val-habitat")
+    here, there = (trained.path / "evaluation" / name / "episodes.jsonl" for name in names)
+    assert here.read_text() == there.read_text()  # the stand-in is the built-in simulator
+    assert main(["evaluate", str(trained.path), "--simulator", "unity"]) == 2
+    assert "--simulator unity is not one of raycast, habitat" in capsys.readouterr().err

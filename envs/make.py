@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from envs.files import cache_dir
 from envs.gym_env import PointNavEnv
 from envs.noise import NoiseConfig
 from envs.sampler import EpisodeSampler
-from envs.simulators.base import AgentSpec
+from envs.simulators.base import AgentSpec, Simulator
 from envs.task import PointNavConfig
 from envs.variants import variant as published
 from envs.vector_env import PointNavVectorEnv
@@ -93,8 +93,9 @@ def make_vector_env(
     output: Literal["torch", "numpy"] = "numpy",
     autoreset_mode: AutoresetMode = AutoresetMode.SAME_STEP,
     render_mode: str | None = None,
+    habitat: Mapping[str, Any] | None = None,
 ) -> PointNavVectorEnv:
-    """Makes a batched environment on the built-in simulator.
+    """Makes a batched environment on the built-in simulator, or on habitat-sim.
 
     Args:
         num_envs: number of agents.
@@ -123,13 +124,13 @@ def make_vector_env(
         output: ``"numpy"`` arrays or ``"torch"`` tensors.
         autoreset_mode: as Gymnasium defines it.
         render_mode: ``"rgb_array"``, or None.
+        habitat: simulate with habitat-sim, with these options of
+            :class:`envs.simulators.habitat.HabitatSimulator`, such as ``num_workers`` and ``gpu_ids``.
 
     Raises:
         EpisodeError: episodes or a scene are missing or broken.
         ValueError: a setting does not fit.
     """
-    from envs.simulators.raycast.simulator import RaycastSimulator
-
     overrides: dict[str, Any] = {
         "height": height,
         "width": width,
@@ -154,14 +155,16 @@ def make_vector_env(
     )
     if max_geodesic is not None:
         sampler.set_max_geodesic(max_geodesic)
-    simulator = RaycastSimulator(
-        sampler.resident_scenes,
-        num_envs,
-        chosen.cameras(observations),
-        chosen.agent,
-        device=device,
-        num_threads=num_threads,
-    )
+    what = (sampler.resident_scenes, num_envs, chosen.cameras(observations), chosen.agent)
+    simulator: Simulator
+    if habitat is None:
+        from envs.simulators.raycast.simulator import RaycastSimulator
+
+        simulator = RaycastSimulator(*what, device=device, num_threads=num_threads)
+    else:
+        from envs.simulators.habitat import HabitatSimulator
+
+        simulator = HabitatSimulator(*what, device=device, **habitat)
     return PointNavVectorEnv(
         simulator,
         chosen.task,

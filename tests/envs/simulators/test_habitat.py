@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from envs.make import load_split
+from envs.make import load_split, make_vector_env
 from envs.sampler import EpisodeSampler
 from envs.simulators.base import AgentSpec, SensorSpec, SimulatorError
 from envs.simulators.habitat import HabitatSimulator, check_habitat
@@ -48,7 +48,7 @@ def habitat():
 
 
 def test_habitat_answers_as_recorded(reference_dir, habitat, monkeypatch):
-    """`navagent reference` with habitat-sim in the built-in simulator's place: all its figures, and better."""
+    """`navagent reference` with habitat-sim in the built-in simulator's place: its figures, and better."""
 
     def in_its_place(scenes, num_agents, sensors, agent=None, device="cpu", num_threads=1):
         return habitat(scenes, num_agents, sensors, agent)
@@ -152,6 +152,25 @@ def test_the_task_gives_the_same_numbers_in_both_simulators(reference_dir, habit
         difference = [there[index][name] - here[index][name] for index in there]
         assert abs(np.mean(difference)) <= tolerance, (name, difference)
     assert np.mean([measures["success"] for measures in there.values()]) > 0.95
+
+
+def test_an_environment_is_made_on_habitat_sim_by_one_argument(reference_dir):
+    env = make_vector_env(
+        3,
+        reference_dir / "pointnav" / "val" / "val.json.gz",
+        "val",
+        reference_dir,
+        observations=["rgb", "depth", "pointgoal_with_gps_compass"],
+        max_resident_scenes=2,
+        habitat={"num_workers": 2, "python": PYTHON},
+    )
+    assert isinstance(env.simulator, HabitatSimulator)
+    observations, _ = env.reset(seed=0)
+    assert observations["rgb"].std() > 1 and 0 < observations["depth"].mean() < 1
+    for _ in range(5):
+        observations, *_ = env.step(np.array([1, 2, 3]))
+    assert env.observation_space.contains(observations)
+    env.close()
 
 
 def test_a_killed_worker_changes_no_pixel(reference_dir, habitat):

@@ -12,7 +12,7 @@ from envs.simulators.base import Action
 from navagent.agent_spaces import action_space, observation_space
 from navagent.build import load_split, make_vector_env, policy_settings
 from navagent.cli import main
-from navagent.config import load_config, to_yaml
+from navagent.config import ConfigError, load_config, to_yaml
 from navagent.evaluation.agents import ExpertAgent, RandomAgent
 from navagent.evaluation.evaluate import evaluate_agent
 from navagent.evaluation.habitat_settings import habitat_settings, to_hydra
@@ -30,14 +30,15 @@ from navagent.runs import Run
 from navagent.scenes import generate
 from policies.actor_critic import NavigationPolicy
 
-pytest.importorskip("habitat_sim", reason="habitat-sim is not installed", exc_type=ImportError)
-pytest.importorskip("habitat", reason="habitat-lab is not installed", exc_type=ImportError)
+try:
+    require_habitat()
+except ConfigError as error:
+    pytest.skip(f"no real Habitat: {error}", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")
 def homes(tmp_path_factory):
     """Generated homes, one of them for val."""
-    require_habitat()
     return generate(
         tmp_path_factory.mktemp("homes") / "two", 2, 0, train_episodes=4, val_episodes=6, num_workers=1
     )

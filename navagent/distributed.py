@@ -206,18 +206,20 @@ class JoinedRanks(Ranks):
             torch.cuda.set_device(device)
         _die_with_parent()
         self.store = self._client(listening=launch.rank == 0 and not launch.hosted)
-        self.store.set(f"process/{self.rank}", json.dumps(_identity()))
+        self.store.set(f"process/{self.rank}", json.dumps(_identity(device)))
+        with self._together():
+            processes = [json.loads(self.store.get(f"process/{rank}")) for rank in range(launch.size)]
+        # A connection of its own: the first one may be waiting. Before all are joined, since that waits too.
+        self._watch = _Watch(self._client(), launch, processes)
+        self._watch.start()
         with self._together():
             dist.init_process_group(
-                _backend(launch, device),
+                _backend(processes),
                 store=dist.PrefixStore("group", self.store),
                 rank=launch.rank,
                 world_size=launch.size,
                 timeout=_PATIENCE,
             )
-        # A connection of its own: the first one may be waiting.
-        self._watch = _Watch(self._client(), launch)
-        self._watch.start()
         self.barrier()
 
     def _client(self, listening: bool = False) -> dist.TCPStore:
@@ -519,7 +521,8 @@ def _give_up(launch: Launch, lost: RankLostError) -> SystemExit:
 class _Watch(threading.Thread):
     """Notices that another rank has ended before its time, and ends this process if nobody listens."""
 
-    def __init__(self, store: dist.TCPStore, launch: Launch) -> None:
+    def __init__(self, store: dist.TCPStore, launch: Launch, processes: Sequence[dict[str, Any]]) -> None:
+        """``processes`` are those of all ranks, as :func:`_identity` tells of them."""
         super().__init__(name="watch over other ranks", daemon=True)
         self.lost: str | None = None
         """Why this rank should end; None while all are well."""
@@ -528,13 +531,13 @@ class _Watch(threading.Thread):
         self._store = store
         self._launch = launch
         self._stopped = threading.Event()
-        self._neighbours: dict[int, dict[str, Any]] = {}
-        here = _identity()["host"]
-        for rank in range(launch.size):
-            process = json.loads(store.get(f"process/{rank}"))
-            # Elsewhere, or behind another container's walls, the system cannot be asked.
-            if rank != launch.rank and process["host"] == here and _alive(process):
-                self._neighbours[rank] = process
+        here = processes[launch.rank]["host"]
+        # Elsewhere, or behind another container's walls, the system cannot be asked.
+        self._neighbours = {
+            rank: process
+            for rank, process in enumerate(processes)
+            if rank != launch.rank and process["host"] == here and _alive(process)
+        }
 
     def stop(self) -> None:
         """Ends the watch."""
@@ -603,17 +606,26 @@ def _from_bytes(data: Tensor) -> Any:
     return unpack(load(raw), json.loads(header["__metadata__"]["state"]))["value"]
 
 
-def _backend(launch: Launch, device: torch.device) -> str:
-    """gloo, or NCCL for what is on a GPU where every rank has one of its own."""
-    if device.type != "cuda" or not dist.is_nccl_available():
+def _backend(processes: Sequence[Mapping[str, Any]]) -> str:
+    """gloo, or NCCL for what is on GPUs where every rank has one of its own.
+
+    All ranks must choose alike, so they look at what all have told of themselves.
+    """
+    gpus = [process["gpu"] for process in processes]
+    if None in gpus or len(set(gpus)) < len(gpus) or not dist.is_nccl_available():
         return "gloo"
-    return "cpu:gloo,cuda:nccl" if launch.local_size <= torch.cuda.device_count() else "gloo"
+    return "cpu:gloo,cuda:nccl"
 
 
-def _identity() -> dict[str, Any]:
-    """This process, as its neighbours can look for it."""
+def _identity(device: torch.device) -> dict[str, Any]:
+    """This process, as its neighbours can look for it, and the GPU that it computes on."""
     pid = os.getpid()
-    return {"host": socket.gethostname(), "pid": pid, "started": _started(pid)}
+    host = socket.gethostname()
+    gpu = None
+    if device.type == "cuda":
+        # Its number is no name: processes may see other GPUs under the same numbers.
+        gpu = f"{host} {torch.cuda.get_device_properties(device).uuid}"
+    return {"host": host, "pid": pid, "started": _started(pid), "gpu": gpu}
 
 
 def _alive(process: Mapping[str, Any]) -> bool:

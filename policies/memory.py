@@ -7,6 +7,7 @@ that say where episodes start, so that sequences may run across episode ends.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +78,7 @@ class RecurrentMemory(Memory):
     def step(self, x: Tensor, memory: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`Memory.step`."""
         memory = memory * ~starts[:, None, None]
-        output, state = self.rnn(x[None], self._split(memory))
+        output, state = self._run(x[None], self._split(memory))
         state = torch.cat(state) if self._lstm else state
         return output[0], state.transpose(0, 1)
 
@@ -108,10 +109,18 @@ class RecurrentMemory(Memory):
 
         rows = x.transpose(0, 1).reshape(steps * batch, -1)
         packed = PackedSequence(rows[packing], counts)
-        output = self.rnn(packed, self._split(state))[0].data
+        output = self._run(packed, self._split(state))[0].data
         unpacking = torch.empty_like(packing)
         unpacking[packing] = torch.arange(len(packing), device=packing.device)
         return output[unpacking].reshape(batch, steps, -1).transpose(0, 1)
+
+    def _run(self, x: Tensor | PackedSequence, state: Tensor | tuple[Tensor, Tensor]) -> tuple[Any, Any]:
+        if not x.is_cuda:
+            return self.rnn(x, state)
+        # Under autocast cuDNN computes in float16 even where bfloat16 is asked for, and there the gradients
+        # of a loss that nobody scales vanish.
+        with torch.autocast("cuda", enabled=False):
+            return self.rnn(x.float(), state)
 
     def _split(self, memory: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         state = memory.transpose(0, 1).contiguous()

@@ -71,10 +71,16 @@ class FastPaths:
             extractor.compile(mode=self.compile)
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        """In this context products have the precision asked for."""
+        """In this context, meant for one call of the policy, products have the precision asked for."""
+        if device.type == "cuda" and self.compile in _CUDA_GRAPHS:
+            # What was computed before is done with. A minibatch that was left out, or after which an update
+            # ended early, would else keep its graphs waiting for a backward pass, and nothing be replayed.
+            torch.compiler.cudagraph_mark_step_begin()
         return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)
 
 
+_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+"""Modes that record and replay CUDA graphs on a CUDA device."""
 _BFLOAT16 = {
     "cpu": "a CPU with AVX512-BF16 or AMX instructions",
     "cuda": "a CUDA device of 2020 or later",

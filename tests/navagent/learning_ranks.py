@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import socket
@@ -18,9 +19,11 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger
 from torch import nn
 
+from envs.vector_env import PointNavVectorEnv
 from navagent import distributed, preemption
 from navagent import train as training
 from navagent.build import Split
+from navagent.cli import main
 from navagent.config import CheckpointConfig, EvaluationConfig, TrainConfig, to_yaml
 from navagent.distributed import JoinedRanks, Ranks, joined
 from navagent.learning.imitation import ImitationConfig
@@ -36,8 +39,8 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def take_part(folder, rank, size, port, work, settings):
-    """One rank: does some work with the others, and leaves its answer in the folder, errors beside it."""
+def take_place(folder, rank, size, port):
+    """Makes this process a rank, as torchrun does; what it says goes to a file."""
     os.environ.update(
         {
             "RANK": str(rank),
@@ -50,22 +53,55 @@ def take_part(folder, rank, size, port, work, settings):
     )
     torch.set_num_threads(1)
     with (folder / f"{rank}.log").open("w") as log:
-        os.dup2(log.fileno(), 2)
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+
+
+def take_part(folder, rank, size, port, work, settings):
+    """One rank: does some work with the others, and leaves its answer in the folder, errors beside it."""
+    take_place(folder, rank, size, port)
     with joined(lambda: torch.device("cpu")) as ranks:
         write_checkpoint(folder / f"{rank}.safetensors", {"answer": work(ranks, **settings)})
+
+
+def type_command(folder, rank, size, port, words):
+    """One rank of a command. Leaves word of the scenes that its agents have trained in, and of the episodes.
+
+    Every line is of one step: the scenes that were there, and for each episode that ended its scene and
+    whether it succeeded.
+    """
+    take_place(folder, rank, size, port)
+    step = PointNavVectorEnv.step
+
+    def told(env, actions):
+        answer = step(env, actions)
+        if env.sampler.mode == "endless":
+            infos = answer[4]
+            successes = infos["episode"]["success"].tolist() if infos else []
+            ended = [
+                (scene, success)
+                for scene, success in zip(infos.get("scene_id", []), successes, strict=True)
+                if scene
+            ]
+            lines.write(json.dumps([[scene.name for scene in env.simulator.scenes], ended]) + "\n")
+        return answer
+
+    with (folder / f"{rank}.played").open("w") as lines:
+        PointNavVectorEnv.step = told
+        status = main(words)
+    sys.stdout.flush()
+    raise SystemExit(status)
 
 
 class Crew:
     """Ranks in processes of their own."""
 
-    def __init__(self, processes, folder: Path, size, work, settings):
+    def __init__(self, processes, folder: Path, size, task, *arguments):
         self.folder = folder
         port = free_port()
-        self.processes = [
-            processes.start(take_part, folder, rank, size, port, work, settings) for rank in range(size)
-        ]
+        self.processes = [processes.start(task, folder, rank, size, port, *arguments) for rank in range(size)]
 
-    def statuses(self, patience=60.0):
+    def statuses(self, patience=200.0):
         """Exit statuses, when all have ended."""
         deadline = time.monotonic() + patience
         for process in self.processes:
@@ -80,7 +116,8 @@ class Crew:
         ]
 
     def said(self, rank):
-        return (self.folder / f"{rank}.log").read_text()
+        log = self.folder / f"{rank}.log"
+        return log.read_text() if log.exists() else ""
 
     def kill(self):
         for process in self.processes:
@@ -320,6 +357,16 @@ def be_stuck(ranks):
     if ranks.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(600)
+
+
+def die_while_meeting(folder, rank, size, port):
+    """Rank 1 is killed when it has told who it is, and before the others have a connection to it."""
+    take_place(folder, rank, size, port)
+    distributed._GRACE = 0.5
+    if rank == 1:
+        distributed.dist.init_process_group = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    with joined(lambda: torch.device("cpu")):
+        pass
 
 
 def fail_alike(ranks):

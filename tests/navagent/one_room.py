@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
 import trimesh
 
-from envs.episodes import generate_episodes, write_dataset
+from envs.episodes import generate_episodes, read_dataset, write_dataset
 from envs.scenes.navmesh_build import navmesh_for
 from envs.scenes.navmesh_file import write_navmesh
 from envs.scenes.pathfinder import PathFinder
@@ -41,4 +43,21 @@ def write_one_room(folder: Path, size: float = 4.0, num_train: int = 200, num_va
             PathFinder([navmesh]), 0, "scenes/room/room.glb", count, seed, straight_ratio=0.0
         )
         write_dataset(episodes, folder / "episodes" / split / f"{split}.json.gz")
+    return folder
+
+
+def write_rooms(room: Path, folder: Path, names: tuple[str, ...]) -> Path:
+    """Writes a data set in which the room of another has several names, and the episodes go on in turns."""
+    for name in names:
+        scene = folder / "scenes" / name / f"{name}.glb"
+        scene.parent.mkdir(parents=True)
+        for suffix in (".glb", ".navmesh"):
+            shutil.copy(room / "scenes" / "room" / f"room{suffix}", scene.with_suffix(suffix))
+    for split in ("train", "val"):
+        file = Path("episodes") / split / f"{split}.json.gz"
+        episodes = [
+            dataclasses.replace(episode, scene_id="scenes/{0}/{0}.glb".format(names[number % len(names)]))
+            for number, episode in enumerate(read_dataset(room / file))
+        ]
+        write_dataset(episodes, folder / file)
     return folder

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from envs.episodes import Episode
 from envs.vector_env import PointNavVectorEnv
+from navagent import distributed
 from navagent.build import Split, set_threads, share_of_scenes
 from navagent.cli import main
 from navagent.config import ConfigError, TrainConfig, load_config
@@ -40,7 +41,7 @@ def together(processes, tmp_path):
     def start(work, size=2, **settings):
         folder = tmp_path / f"crew{len(crews)}"
         folder.mkdir()
-        crews.append(Crew(processes, folder, size, work, settings))
+        crews.append(Crew(processes, folder, size, learning_ranks.take_part, work, settings))
         return crews[-1]
 
     yield start
@@ -99,6 +100,18 @@ def test_a_process_learns_its_place_from_torchruns_variables():
         assert Launch.read(alone) is None
     with pytest.raises(ValueError, match="MASTER_ADDR and MASTER_PORT is not set: start them with torchrun"):
         Launch.read(told)
+
+
+def test_gpus_talk_by_nccl_where_every_process_has_its_own(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    own, shared = [{"gpu": "node1 A"}, {"gpu": "node1 B"}], [{"gpu": "node1 A"}, {"gpu": "node1 A"}]
+    assert distributed._backend(own) == "cpu:gloo,cuda:nccl"
+    # All choose alike, also those whose own GPU nobody shares.
+    assert distributed._backend([*own, *shared]) == "gloo"
+    assert distributed._backend([{"gpu": None}, *own]) == "gloo"
+    assert distributed._identity(torch.device("cpu"))["gpu"] is None
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    assert distributed._backend(own) == "gloo"
 
 
 def test_every_operation_over_ranks_answers_what_all_their_numbers_say(together):
@@ -304,7 +317,7 @@ def test_a_crash_ends_all_in_seconds_with_the_traceback_and_the_episode_of_the_o
     begun = time.monotonic()
     crew = together(learning_ranks.come_to_grief, how="raise")
     assert crew.statuses() == [1, 1]
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 30
     guilty, other = crew.said(1), crew.said(0)
     assert "in happen" in guilty and "IndexError: the roof came down" in guilty
     assert "rank 1 of 2 broke off after 80 frames, with its agents in" in guilty
@@ -326,7 +339,7 @@ def test_a_signal_in_a_long_update_saves_what_it_began_with_and_ends_all(togethe
         os.kill(crew.processes[rank].pid, number)
     status = 143 if number == signal.SIGTERM else REQUEUE_STATUS
     assert crew.statuses() == [status, status], crew.said(0) + crew.said(1)
-    assert time.monotonic() - asked < 10
+    assert time.monotonic() - asked < 30
     state = Run(tmp_path / "run").load_checkpoint("latest")
     assert state["frames"] == 64 and len(state["ranks"]) == 2
 
@@ -344,7 +357,7 @@ def test_a_signal_in_an_evaluation_ends_that_of_all(together, tmp_path, told, nu
         os.kill(crew.processes[rank].pid, number)
     status = 143 if number == signal.SIGTERM else REQUEUE_STATUS
     assert crew.statuses() == [status, status], crew.said(0) + crew.said(1)
-    assert time.monotonic() - asked < 20
+    assert time.monotonic() - asked < 40
     # By themselves, and not because their time was over.
     assert not any("ended in the middle" in crew.said(rank) for rank in (0, 1))
     assert Run(tmp_path / "run").load_checkpoint("latest")["frames"] == 64
@@ -354,7 +367,7 @@ def test_a_killed_rank_ends_all_in_seconds_and_its_neighbour_says_where_it_was(t
     begun = time.monotonic()
     crew = together(learning_ranks.come_to_grief, how="kill")
     assert crew.statuses() == [1, -signal.SIGKILL]
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 30
     said = crew.said(0)
     assert (
         f"rank 1 (process {crew.processes[1].pid}) is gone without a word: killed, or out of memory" in said
@@ -368,7 +381,15 @@ def test_a_rank_that_hears_nothing_is_ended_too(together):
     begun = time.monotonic()
     crew = together(learning_ranks.be_stuck)
     assert crew.statuses() == [1, -signal.SIGKILL]
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 40
+
+
+def test_a_rank_that_is_killed_while_they_meet_is_not_waited_for(processes, tmp_path):
+    crew = Crew(processes, tmp_path, 2, learning_ranks.die_while_meeting)
+    begun = time.monotonic()
+    assert crew.statuses() == [1, -signal.SIGKILL]
+    assert time.monotonic() - begun < 40
+    assert "is gone without a word: killed" in crew.said(0)
 
 
 def test_an_error_that_all_make_is_said_once(together):

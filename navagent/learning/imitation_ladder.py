@@ -12,6 +12,7 @@ one, where learner and expert came together, with the expert's label.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -354,6 +355,8 @@ def common_settings(config: LadderConfig) -> dict[str, Any]:
 def record_demonstrations(config: LadderConfig, console: Console) -> None:
     """Makes the homes, records the expert, and puts its demonstrations into each seed's order."""
     settings = load_config(config.words(Job("features", None, 0)), "imitate")
+    # No training runs beside it.
+    settings = dataclasses.replace(settings, num_threads=0)
     if settings.scenes.dataset == ScenesConfig().dataset:
         generated_dataset(settings.scenes.num, settings.scenes.seed, cache_dir(), console)
     file = config.out / "demonstrations" / "expert.demos"

@@ -373,6 +373,11 @@ class ImitationConfig:
         "how many of them to learn from: all if null, or 1000 where they are recorded (behaviour_cloning)",
         at_least=1,
     )
+    store_features: bool = setting(
+        False,
+        "features of the frozen encoder are computed once for all demonstrations, and kept in the cache "
+        "(behaviour_cloning)",
+    )
 
 
 @dataclass
@@ -778,6 +783,17 @@ def _check_imitation(config: TrainConfig) -> None:
             f"imitation.demos={demos} is not there: record demonstrations with `navagent demos record`, or "
             "leave it out to have the expert record them"
         )
+    stored = config.imitation.store_features
+    if stored and (config.env.rgb_noise or config.env.depth_noise):
+        raise ConfigError(
+            "imitation.store_features=true with noisy cameras: no picture comes twice; use false, or "
+            "env.rgb_noise=0 and env.depth_noise=0"
+        )
+    if stored and demos is not None and Path(demos).expanduser().is_dir():
+        raise ConfigError(
+            f"imitation.store_features=true is for recorded demonstrations, and imitation.demos={demos} is a "
+            "folder of stored sequences; use false"
+        )
 
 
 def _check_adaptation(config: TrainConfig) -> None:
@@ -993,7 +1009,7 @@ PPO_ALONE = (
 """Settings that only learning by reward has."""
 
 DAGGER_ALONE = ("schedule", "share", "mixing", "decay", "final_share", "alone", "segment_steps")
-CLONING_ALONE = ("demos", "num_demos")
+CLONING_ALONE = ("demos", "num_demos", "store_features")
 
 
 def _check_meant(config: TrainConfig, named: Mapping[str, str]) -> None:

@@ -36,7 +36,12 @@ from navagent.build import (
 from navagent.config import AlgorithmConfig, ConfigError, TrainConfig, started_run, to_yaml
 from navagent.distributed import Launch, RankLostError, Ranks, joined
 from navagent.learning.auxiliary import AuxiliaryConfig
-from navagent.learning.demonstrated import DemonstratedVectorEnv, demonstrated_env, demonstrations_of
+from navagent.learning.demonstrated import (
+    DemonstratedVectorEnv,
+    demonstrated_env,
+    demonstrations_of,
+    store_features,
+)
 from navagent.learning.fast_paths import CompileMode, FastPaths
 from navagent.learning.imitation import ImitationConfig, MixingSchedule
 from navagent.learning.imitator import Imitator
@@ -155,6 +160,15 @@ def _train(
         if ranks.first:
             # A resumed run may have other settings, such as a longer budget, and its folder says so.
             run.write_config(to_yaml(dataclasses.replace(config, resume=None)))
+    world = model.env.vector_envs[0]  # type: ignore[attr-defined]
+    if config.imitation.store_features and isinstance(world, DemonstratedVectorEnv):
+        size = store_features(world, config, model.policy, ranks)
+        told = (
+            f"{size / 1e6:,.0f} MB on the disk"
+            if size
+            else "nothing, for the agent has none that never change"
+        )
+        console.print(f"stored features  {told}")
     for message in wished_fast_paths(config).available(model.device)[1]:
         console.print(f"speed.{message}")
     console.print(plan(config, run, model, train_split, val_split, memory))

@@ -299,6 +299,10 @@ class ReplayStream(DemonstrationStream):
             frozen=frozen,
         )
 
+    def use_features(self, features: StoredFeatures) -> None:
+        """See :class:`DemonstrationStream`."""
+        self._features = features
+
     def state_dict(self) -> dict[str, Any]:
         """See :class:`DemonstrationStream`."""
         return {"replay": self._replay.state_dict(), "given": self._given}

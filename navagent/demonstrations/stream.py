@@ -18,11 +18,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from gymnasium import spaces
 from torch import Tensor
+
+from navagent.demonstrations.recorded import DemonstrationError
+
+if TYPE_CHECKING:
+    from navagent.demonstrations.features import StoredFeatures
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,14 @@ class DemonstrationStream(ABC):
             torch.stack([step.steps for step in taken]),
             frozen,
         )
+
+    def use_features(self, features: StoredFeatures) -> None:
+        """Gives stored features with every step from now on.
+
+        Raises:
+            DemonstrationError: the stream is not one of recorded demonstrations.
+        """
+        raise DemonstrationError("features are stored for recorded demonstrations only")
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

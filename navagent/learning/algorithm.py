@@ -392,7 +392,11 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         reference = None
         with self._stage("policy"), torch.inference_mode(), self.fast_paths.autocast(self.device):
             actions, values, log_probs, next_memory, frozen, logits = policy.act(
-                observations, memory, starts, deterministic=noise is not None
+                observations,
+                memory,
+                starts,
+                deterministic=noise is not None,
+                frozen=group.env.frozen_features(),
             )
             if noise is not None:
                 # What torch.multinomial does, so that one process and several draw the same.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from envs.files import cache_dir
 from navagent.config import TrainConfig, as_typed, flatten
-from navagent.demonstrations.open import open_stream
+from navagent.demonstrations.open import open_features, open_stream
 from navagent.demonstrations.recorded import DemonstrationSet, read_demonstrations
 from navagent.demonstrations.recording import RecordOptions, record_demonstrations
 from navagent.demonstrations.stream import DemonstratedStep, DemonstrationStream
@@ -52,6 +52,8 @@ class DemonstratedVectorEnv(VectorEnv[Observations, Any, Any]):
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self._actions = torch.zeros(self.num_envs, dtype=torch.int64, device=stream.device)
+        self.stored_features: dict[str, Tensor] | None = None
+        """What frozen encoders make of the present observations, by name: (N, ...); None where not stored."""
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -68,7 +70,7 @@ class DemonstratedVectorEnv(VectorEnv[Observations, Any, Any]):
 
     def _next(self) -> DemonstratedStep:
         step = next(self.stream)
-        self._actions = step.actions
+        self._actions, self.stored_features = step.actions, step.frozen
         return step
 
     def expert_actions(self) -> Tensor:
@@ -77,12 +79,17 @@ class DemonstratedVectorEnv(VectorEnv[Observations, Any, Any]):
 
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` needs to go on from here."""
-        return {"stream": self.stream.state_dict(), "actions": self._actions}
+        return {
+            "stream": self.stream.state_dict(),
+            "actions": self._actions,
+            "features": self.stored_features,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a saved state."""
         self.stream.load_state_dict(state["stream"])
         self._actions = state["actions"].to(self.stream.device)
+        self.stored_features = state.get("features")
 
     def close_extras(self, **kwargs: Any) -> None:
         """Closes the stream."""
@@ -149,3 +156,23 @@ def demonstrated_env(config: TrainConfig, ranks: Ranks) -> DemonstratedVectorEnv
         number = min(number or OWN_DEMONSTRATIONS, int(read_demonstrations(path).success.sum()))
     stream = open_stream(config, path, config.algorithm.num_envs, count=number, seed=config.seed, ranks=ranks)
     return DemonstratedVectorEnv(stream)
+
+
+def store_features(env: DemonstratedVectorEnv, config: TrainConfig, policy: Any, ranks: Ranks) -> int:
+    """Has the features of the policy's frozen encoders computed once, and handed over with every step.
+
+    Call it when the policy has its weights: they decide where the features are kept.
+
+    Returns:
+        The size of the features on the disk [bytes]; 0 where the policy has none that never change.
+
+    Raises:
+        DemonstrationError: they cannot be stored, see
+            :func:`navagent.demonstrations.features.stored_features`.
+    """
+    with ranks.one_before_others():
+        features = open_features(config, demonstrations_of(config), policy)
+    if features is None:
+        return 0
+    env.stream.use_features(features)
+    return features.num_bytes

@@ -297,6 +297,12 @@ class TensorEnv(Protocol):
     def expert_actions(self) -> Tensor:
         """What an expert would do now: (N,) int64."""
 
+    def frozen_features(self) -> dict[str, Tensor] | None:
+        """What the policy's frozen encoder makes of the present observations, by name: (N, ...) float32.
+
+        None where the environment does not know it.
+        """
+
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` needs to go on from here."""
 
@@ -352,6 +358,11 @@ class TorchVectorEnv:
         """See :class:`TensorEnv`."""
         return self.env.expert_actions().to(self.device)
 
+    def frozen_features(self) -> dict[str, Tensor] | None:
+        """Those that the environment has stored, as one that plays demonstrations may."""
+        stored = getattr(self.env, "stored_features", None)
+        return None if stored is None else {name: value.to(self.device) for name, value in stored.items()}
+
     def state_dict(self) -> dict[str, Any]:
         """See :class:`TensorEnv`."""
         return self.env.state_dict()
@@ -404,6 +415,10 @@ class NumpyVectorEnv:
             return torch.cat([env.expert_actions() for env in batched]).to(self.device)
         answers = self.env.env_method("expert_actions")
         return torch.as_tensor(np.asarray(answers), dtype=torch.int64, device=self.device)
+
+    def frozen_features(self) -> dict[str, Tensor] | None:
+        """None, always."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Refuses: a plain VecEnv cannot say where it is."""

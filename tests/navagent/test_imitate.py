@@ -19,6 +19,7 @@ from navagent.evaluation.report import reproduce_command
 from navagent.learning.demonstrated import demonstrations_of
 from navagent.runs import CheckpointError, Origin, Run, read_checkpoint
 from navagent.train import begin_as, teaching, train
+from policies.adaptation.base import FrozenEncoder
 
 FRAMES = 4 * 32
 
@@ -80,6 +81,11 @@ METHODS = {
         "memory=lstm",
     ),
     "cloning": ("imitation=behaviour_cloning", "imitation.num_demos=10", "memory=frame_stack"),
+    "cloning with stored features": (
+        "imitation=behaviour_cloning",
+        "imitation.num_demos=10",
+        "imitation.store_features=true",
+    ),
     "stop is automatic": ("env.stop=automatic", "memory=none"),
 }
 
@@ -176,6 +182,38 @@ def of_another_scene(file, room):
     scene = other / "scenes" / "room" / "room.glb"
     scene.write_bytes(scene.read_bytes() + b"more")
     return other
+
+
+def test_with_stored_features_the_frozen_encoder_is_done_before_training(room, tmp_path, demos, monkeypatch):
+    asked = "imitation=behaviour_cloning", f"imitation.demos={demos}", "algorithm.total_frames=64"
+    plain = imitate(room, tmp_path / "plain", *asked)
+    images = []
+    original = FrozenEncoder.forward
+    monkeypatch.setattr(
+        FrozenEncoder, "forward", lambda self, image: images.append(len(image)) or original(self, image)
+    )
+    console = silent()
+    stored = imitate(room, tmp_path / "stored", *asked, "imitation.store_features=true", console=console)
+    told = " ".join(console.file.getvalue().split())
+    assert "stored features" in told
+    for one, other in zip(plain.read_metrics(), stored.read_metrics(), strict=True):
+        assert one["imitation/loss"] == pytest.approx(other["imitation/loss"], rel=1e-4)
+    # Every step of the demonstrations once, and not those of training; beside it, what plans the training.
+    steps = int(read_demonstrations(demos).steps.sum())
+    assert steps <= sum(images) < steps + 64
+    images.clear()
+    imitate(room, tmp_path / "again", *asked, "imitation.store_features=true")
+    assert sum(images) < 64
+    other = imitate(
+        room,
+        tmp_path / "other",
+        *asked,
+        "imitation.store_features=true",
+        "adaptation=finetune",
+        console=console,
+    )
+    assert "stored features nothing, for the agent has none" in " ".join(console.file.getvalue().split())
+    assert other.read_metrics()
 
 
 @pytest.mark.parametrize(
@@ -356,6 +394,11 @@ def test_what_is_no_run_is_not_begun_from(imitated, tmp_path):
             "means nothing with imitation=behaviour_cloning",
         ),
         (["imitation=behaviour_cloning", "algorithm.curriculum=linear"], "plays none"),
+        (["imitation.store_features=true"], "means nothing with imitation=dagger"),
+        (
+            ["imitation=behaviour_cloning", "imitation.store_features=true", "env.rgb_noise=0.1"],
+            "imitation.store_features=true with noisy cameras",
+        ),
         (["algorithm.epochs=0"], "algorithm.epochs=0 learns nothing from the newest rollout"),
         (["algorithm.replay_steps=9"], "replay_epochs=0 and algorithm.replay_steps=9"),
         (["--frames=3"], "see `navagent imitate --help`"),

@@ -44,7 +44,7 @@ def ladder(arguments: Sequence[str]) -> int:
         ("sizes", "N,N", _sizes, "numbers of demonstrations, or all (default: 49,500,5000,all)"),
         ("demonstrations", "N", int, "how many the expert records, which are all (default: 10000)"),
         ("methods", "NAMES", name_list, "default: sidetune,features,finetune,scratch,blind"),
-        ("dagger", "NAMES", name_list, "methods that learn by DAgger too; '' for none (default: sidetune)"),
+        ("dagger", "NAMES", _methods, "methods that learn by DAgger too, or none (default: sidetune)"),
         ("seeds", "N", int, "how often each is done (default: 3)"),
         ("workers", "N", int, "processes with one thread each (default: one a core)"),
     ]
@@ -67,6 +67,10 @@ def ladder(arguments: Sequence[str]) -> int:
     table = climb(config, Console(), shlex.join(["navagent", "imitate", "ladder", *arguments]))
     print(f"table  {table}\nplot   {table.with_name('plot.png')}")
     return 0
+
+
+def _methods(text: str) -> tuple[str, ...]:
+    return () if text == "none" else name_list(text)
 
 
 def _sizes(text: str) -> tuple[int | Literal["all"], ...]:

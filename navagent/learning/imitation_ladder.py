@@ -25,7 +25,15 @@ from rich.console import Console
 from envs.files import cache_dir
 from navagent.agent_spaces import action_space, observation_space
 from navagent.build import check_perception, policy_settings
-from navagent.config import DAGGER_ALONE, ConfigError, ScenesConfig, TrainConfig, flatten, load_config
+from navagent.config import (
+    CLONING_ALONE,
+    DAGGER_ALONE,
+    ConfigError,
+    ScenesConfig,
+    TrainConfig,
+    flatten,
+    load_config,
+)
 from navagent.demonstrations.record import in_turn
 from navagent.demonstrations.recorded import DemonstrationSet
 from navagent.learning.demonstrated import record_expert
@@ -102,7 +110,8 @@ class LadderConfig:
             for method in given:
                 if method not in KNOWN:
                     raise ValueError(
-                        f"{what} {method!r} is none{nearest(method, KNOWN)} Known: {', '.join(KNOWN)}"
+                        f"{what}: there is no method {method!r} for a ladder{nearest(method, KNOWN)} Known: "
+                        f"{', '.join(KNOWN)}"
                     )
             if len(set(given)) < len(given):
                 raise ValueError(f"{what} {','.join(given)}: expected each once")
@@ -134,11 +143,10 @@ class LadderConfig:
     def words(self, job: Job) -> list[str]:
         """The settings of a training, as they are typed after ``navagent imitate``."""
         named = {word.partition("=")[0].strip() for word in self.settings}
-        given = list(self.settings)
-        if job.demonstrations is not None:
-            # They would mean nothing.
-            others = {f"imitation.{name}" for name in DAGGER_ALONE}
-            given = [word for word in given if word.partition("=")[0].strip() not in others]
+        # Those of the other way to learn would mean nothing, and be refused.
+        others = CLONING_ALONE if job.demonstrations is None else DAGGER_ALONE
+        dead = {f"imitation.{name}" for name in others}
+        given = [word for word in self.settings if word.partition("=")[0].strip() not in dead]
         if job.method == BLIND:
             cameras = ("sensors", "sensors.rgb", "sensors.depth")
             given = [word for word in given if word.partition("=")[0].strip() not in cameras]

@@ -180,9 +180,11 @@ def test_differences_are_to_features_with_the_same_demonstrations_and_seed():
 
 
 def test_settings_reach_the_trainings_they_mean_something_for(tmp_path):
-    config = LadderConfig(tmp_path, ("imitation.decay=0.5", "sensors=depth", "sensors.height=32"))
+    given = ("imitation.decay=0.5", "imitation.store_features=true", "sensors=depth", "sensors.height=32")
+    config = LadderConfig(tmp_path, given)
     cloning, dagger = config.words(Job("lora", 49, 2)), config.words(Job("blind", None, 2))
-    assert "imitation.decay=0.5" in dagger and "imitation.decay=0.5" not in cloning
+    assert given[0] in dagger and given[0] not in cloning
+    assert given[1] in cloning and given[1] not in dagger
     assert {"adaptation=lora", "sensors=depth", "imitation.num_demos=49", "seed=2"} <= set(cloning)
     assert {"sensors=blind", "sensors.height=32", "imitation=dagger"} <= set(dagger)
     assert "sensors=depth" not in dagger

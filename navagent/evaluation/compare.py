@@ -239,7 +239,8 @@ def _table(contestants: Sequence[Contestant], differences: dict[str, dict[str, E
     scenes = len({result.scene_id for result in first.results})
     drawn = "the most probable actions" if first.deterministic else "actions drawn from the policy"
     lines = [
-        f"Final evaluation of each run: the same {len(first.results)} episodes in {scenes} homes, {drawn}; "
+        f"Final evaluation of each run: the same {len(first.results)} episodes in {scenes} "
+        f"home{'s' * (scenes != 1)}, {drawn}; "
         "95 % intervals over episodes and, where there are enough, over homes.",
         "",
         "| run | frames in all | success | over homes | SPL | over homes |",

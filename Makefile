@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 INSTALLED := $(VENV)/.installed
 
 .PHONY: install journey test lint clean
@@ -16,8 +17,9 @@ $(INSTALLED): pyproject.toml constraints.txt deploy/install.sh
 journey: $(INSTALLED)
 	$(BIN)/navagent train
 
+# Files are shared out between WORKERS processes; what a file's tests share is made once.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-# Two test processes on a two-core machine must not start a thread pool each.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Two test processes on a two-core machine must not start a thread pool each, and xdist's workers are two.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 # As navagent sets it, but before any test has loaded torch.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 

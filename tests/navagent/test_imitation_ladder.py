@@ -1,7 +1,9 @@
 """``navagent imitate ladder``: the same demonstrations for all, exact resuming, honest numbers."""
 
 import json
+import shlex
 import signal
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -10,8 +12,9 @@ from one_room import write_one_room
 from test_train import interrupt_after
 
 from navagent.cli import main
-from navagent.config import read_config
+from navagent.config import load_config, read_config
 from navagent.demonstrations.recorded import read_demonstrations
+from navagent.learning import imitation_ladder
 from navagent.learning.imitation_ladder import Job, LadderConfig, Rung, demonstrations_file
 from navagent.learning.imitation_ladder_report import cells
 from navagent.runs import Run
@@ -216,6 +219,26 @@ def test_wrong_arguments_are_one_message_and_status_2(arguments, message, capsys
     assert main(["imitate", "ladder", str(tmp_path / "out"), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_guides_ladders_are_what_it_says(tmp_path, monkeypatch):
+    guide = Path(__file__).resolve().parents[2] / "docs" / "imitation.md"
+    asked = []
+    monkeypatch.setattr(
+        imitation_ladder, "climb", lambda config, *_: asked.append(config) or tmp_path / "table.md"
+    )
+    lines = [line for line in guide.read_text().splitlines() if line.startswith("navagent imitate ladder")]
+    for line in lines:
+        assert main(shlex.split(line)[1:]) == 0
+    whole, short, depth = asked
+    assert (whole.counts, whole.seeds, whole.dagger) == ((49, 500, 5000, 10000), 3, ("sidetune",))
+    assert (short.counts, short.experiment) == ((49, 500, 5000), "ladder_short")
+    assert (depth.settings, depth.counts) == (("sensors=depth",), (49, 10000))
+    frames = [
+        load_config(config.words(Job("features", 49, 0)), "imitate").algorithm.total_frames
+        for config in (whole, short)
+    ]
+    assert all(f"{number:,}" in guide.read_text() for number in frames)
 
 
 def test_help_says_how_long_it_takes(capsys):

@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import pytest
 
-from navagent.cli import PRETRAIN_OPTIONS, VERBS
+from navagent.cli import PRETRAIN_OPTIONS, VERBS, main
 from navagent.learning.pretrain import PretrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,14 +83,23 @@ def test_version_is_the_distributions(tmp_path):
         (["pretrain", "out", "--device", "gpu"], "device 'gpu' is not one of auto, cpu, cuda, cuda:N"),
     ],
 )
-def test_bad_input_is_one_message_and_status_2(arguments, message, tmp_path):
-    answer = navagent(*arguments, cwd=tmp_path)
+def test_bad_input_is_one_message_and_status_2(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NAVAGENT_DEBUG", "0")
+    assert main(arguments) == 2
+    out, told = capsys.readouterr()
+    assert message in told
+    assert told.startswith("navagent")
+    assert out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_is_the_process_s_status_too(tmp_path):
+    answer = navagent("train", "adaptation=finetun", cwd=tmp_path)
     assert answer.returncode == 2
-    assert message in answer.stderr
-    assert answer.stderr.startswith("navagent")
+    assert answer.stderr.startswith("navagent") and "did you mean 'finetune'?" in answer.stderr
     assert "Traceback" not in answer.stderr
     assert answer.stdout == ""
-    assert not list(tmp_path.iterdir())
 
 
 def test_debug_shows_where_an_error_came_from(tmp_path):
@@ -142,10 +151,10 @@ def test_a_users_own_package_of_our_name_is_named(name, file, tmp_path):
     assert f"ShadowedPackageError: {path if file == '{}.py' else path.parent} hides" in script.stderr
 
 
-@pytest.mark.parametrize("name", ["envs", "policies", "configs"])
-def test_a_users_plain_folder_of_our_name_does_no_harm(name, tmp_path):
+def test_a_users_plain_folders_of_our_names_do_no_harm(tmp_path):
     """A folder without ``__init__.py`` only stands in for a package that is found nowhere else."""
-    (tmp_path / name).mkdir()
+    for name in ("envs", "policies", "configs"):
+        (tmp_path / name).mkdir()
     answer = navagent("train", "--show-config", cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
 

@@ -12,7 +12,7 @@ from navagent.evaluation.compare import CompareOptions, compare_runs
 from navagent.evaluation.curves import Curve, draw_comparison, evaluations
 from navagent.evaluation.metrics import summarise, to_json
 from navagent.evaluation.results import write_results
-from navagent.runs import Origin, Run
+from navagent.runs import Origin, Run, RunError
 
 EPISODES = 24
 
@@ -177,3 +177,11 @@ def test_every_curve_adds_to_the_plot(run, make_result, tmp_path):
         draw_comparison(curves[:count], tmp_path / "plot.png")
         inked.append(int((cv2.imread(str(tmp_path / "plot.png")).min(axis=2) < 200).sum()))
     assert inked[0] < inked[1] < inked[2]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"run": "x"}', '{"run": "x", "checkpoint": "y", "frames": "9"}'])
+def test_a_broken_note_of_the_beginning_is_named(make_run, tmp_path, text):
+    one, other = make_run("one", {}, 0.5), make_run("other", {}, 0.5)
+    (other.path / "origin.json").write_text(text)
+    with pytest.raises(RunError, match=r"origin\.json: does not say what the run began as"):
+        compare_runs(CompareOptions((str(one.path), str(other.path)), str(tmp_path / "out")))

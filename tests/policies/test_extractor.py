@@ -7,7 +7,7 @@ import torch
 from gymnasium import spaces
 from stable_baselines3 import PPO
 
-from policies.extractor import AdaptedExtractor, TransferHead
+from policies.extractor import AdaptedExtractor, PolarGoal, TransferHead
 
 IMAGE = spaces.Box(0, 255, (64, 64, 3), np.uint8)
 DEPTH = spaces.Box(0.0, 1.0, (64, 64, 1), np.float32)
@@ -202,6 +202,19 @@ def test_angles_have_no_jump_at_half_a_turn():
         for side in (1, -1)
     )
     torch.testing.assert_close(left, right, rtol=0, atol=1e-5)
+
+
+def test_a_centimetre_counts_where_an_episode_begins_to_succeed():
+    torch.manual_seed(0)
+    embed = PolarGoal()
+
+    def change(nearer: float, farther: float) -> float:
+        goals = torch.tensor([[nearer, 0.3], [farther, 0.3]])
+        near, far = embed(goals).detach()
+        return float((near - far).norm())
+
+    assert change(0.195, 0.205) > 5 * change(0.295, 0.305)
+    assert change(0.195, 0.205) > 5 * change(0.095, 0.105)
 
 
 def test_weights_can_differ_by_image(weights_dir, tmp_path):

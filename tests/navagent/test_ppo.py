@@ -100,14 +100,14 @@ def test_storing_features_in_half_precision_hardly_changes_the_values():
 
 def test_learns_to_walk_to_the_goal_and_stop():
     model = make(
-        num_envs=16,
+        num_envs=32,
         n_steps=16,
         n_epochs=4,
         learning_rate=LearningRate(3e-3, "linear"),
         gamma=0.95,
         ent_coef=0.01,
     )
-    model.learn(30_000)
+    model.learn(16_000)
     assert len(model.recent_episodes) == 100
     assert sum(episode["success"] for episode in model.recent_episodes) / 100 >= 0.9
 

@@ -7,7 +7,6 @@ import gzip
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,7 +172,8 @@ def record(
 ) -> Path:
     """Writes what real Habitat answers about some scenes into the new folder ``out``.
 
-    The folder appears when all is recorded. The same scenes, options and Habitat give the same answers.
+    The folder appears when all is recorded; what a killed process left is cleared away by the next one. The
+    same scenes, options and Habitat give the same answers.
 
     Args:
         scenes: a ``.glb`` file, or a folder of them.
@@ -199,8 +199,9 @@ def record(
         agent, cameras = options.agent, options.cameras()
         plans = {name: _Plan(file, agent, cameras) for name, file in find_glbs(scenes).items()}
     require_habitat(lab=any(_num_episodes(plan, options) for plan in plans.values()))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    partial = out.parent / f".partial-{out.name}"
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
+    partial.mkdir(parents=True)
     try:
         episodes: list[Episode] = []
         traces: dict[str, list[dict[str, Any]]] = {}
@@ -209,7 +210,6 @@ def record(
         if episodes:
             text = json.dumps(traces).encode()
             (partial / "pointnav_traces.json.gz").write_bytes(gzip.compress(text, mtime=0))
-        partial.chmod(0o755)  # mkdtemp makes private folders
         if out.is_dir():
             out.rmdir()
         partial.rename(out)

@@ -79,8 +79,8 @@ class HabitatScene:
         mesh = self.paths.nav_mesh_settings
         return {
             "scene": name,
-            "agent_radius": self._agent.radius,
-            "agent_height": self._agent.height,
+            "agent_radius": _short(self._agent.radius),
+            "agent_height": _short(self._agent.height),
             "sensor_height": self._cameras[0].sensor_height,
             "navmesh": {setting: float(getattr(mesh, setting)) for setting in _SETTINGS},
             "navigable_area": float(self.paths.navigable_area),
@@ -188,6 +188,11 @@ class HabitatScene:
     def _put(self, position: NDArray[np.float32], rotation_xyzw: NDArray[np.float32]) -> None:
         state = habitat_sim.AgentState(position=position, rotation=rotation_xyzw)
         self._simulator.get_agent(0).set_state(state)
+
+
+def _short(number: float) -> float:
+    """The number as a person typed it, where it went through single precision since."""
+    return float(str(np.float32(number)))
 
 
 def _xyzw(rotation: Any) -> list[float]:

@@ -185,8 +185,21 @@ def test_answers_that_differ_are_found(studio, tmp_path):
         "navigable area",
         "geodesic_distance: within 0.0001 m",
         "depth64x96: pixels within 0.0001 m",
-        "rollout_stop: collisions the same",
+        "rollout_stop: collides or not, the same",
     }
+
+
+def test_a_walk_that_goes_elsewhere_after_one_contact_counts_as_one_action(studio, tmp_path):
+    other = shutil.copytree(studio, tmp_path / "other")
+    with np.load(studio / "studio.reference.npz") as file:
+        answers = dict(file)
+    answers["rollout_stop_position"][:8, 76:] += 0.5
+    answers["rollout_stop_collided"][:8, 76:] ^= True
+    np.savez(other / "studio.reference.npz", **answers)
+    rows = {row.what: row for row in compare_recordings(studio, other)}
+    ends = rows["rollout_stop: action ends within 0.0001 m"]
+    assert ends.value == pytest.approx(100 * (1 - 8 / (8 * 150 + 8 * 76))) and ends.passed
+    assert rows["rollout_stop: collides or not, the same"].value == 100
 
 
 def test_answers_that_one_of_two_lacks_are_named(studio, tmp_path):

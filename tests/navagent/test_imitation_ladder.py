@@ -157,10 +157,8 @@ def test_a_ladder_stopped_in_the_middle_is_finished_by_two_processes_with_the_sa
 
 def test_a_folder_with_another_ladder_is_left_alone(whole, room, capsys):
     before = (whole / "table.md").read_text()
-    assert main([*typed(room, whole), "algorithm.learning_rate=1e-3"]) == 2
-    assert (
-        "a ladder with other settings (algorithm.learning_rate 0.0007, not 0.001)" in capsys.readouterr().err
-    )
+    assert main([*typed(room, whole), "algorithm.weight_decay=0.5"]) == 2
+    assert "a ladder with other settings (algorithm.weight_decay 0.0, not 0.5)" in capsys.readouterr().err
     assert (whole / "table.md").read_text() == before
 
 

@@ -105,7 +105,9 @@ def scripts_of(agent, config, split, seed=0):
     ],
     ids=["expert", "random", "random without sliding", "expert with wide turns"],
 )
-def test_the_same_actions_lead_to_the_same_places_and_measures(habitat_of, agent, overrides):
+def test_the_same_actions_lead_to_the_same_places_and_measures(habitat_of, agent, overrides, request):
+    if "env.allow_sliding=false" in overrides:
+        _require_the_newer_rule(request.getfixturevalue("reference_dir"))
     env, config, split = habitat_of("sensors=blind", *overrides)
     walks = play(env, Scripted(scripts_of(agent(), config, split)), split, split.episodes, config.env)
     again = replay(walks, config, split.scenes)
@@ -120,6 +122,18 @@ def test_the_same_actions_lead_to_the_same_places_and_measures(habitat_of, agent
         assert np.abs(theirs.positions - ours.positions).max() < AGREEMENT
     if agent is ExpertAgent:
         assert all(walk.measured["success"] for walk in walks)
+
+
+def _require_the_newer_rule(folder):
+    """Skips where habitat-sim ends moves without sliding as it did before February 2026."""
+    import habitat_sim
+
+    finder, recorded = habitat_sim.PathFinder(), np.load(folder / "studio.reference.npz")
+    finder.load_nav_mesh(str(folder / "studio.navmesh"))
+    moves = zip(recorded["step_start"], recorded["step_target"], strict=True)
+    ends = np.array([finder.try_step_no_sliding(start, target) for start, target in moves])
+    if np.abs(ends - recorded["step_no_slide"]).max() > 1e-3:
+        pytest.skip("this habitat-sim is older than February 2026: it ends moves without sliding otherwise")
 
 
 def test_noisy_motion_errs_and_is_measured_alike(habitat_of):

@@ -215,6 +215,11 @@ class Outcome:
         """The job's."""
         return (self.phase, self.base, self.row, self.images, self.seed, self.learning_rate)
 
+    @property
+    def label(self) -> str:
+        """Method and base."""
+        return f"{self.row} on {self.base}"
+
     def error(self, task: str) -> float:
         """The measure that counts, infinite where the training diverged."""
         value = self.measures[TASKS[task].measure]

@@ -76,6 +76,6 @@ def test_a_new_recording_is_accepted_and_its_seed_gives_the_same_again(reference
 def test_a_scene_without_a_floor_for_the_agent_is_named_and_leaves_nothing(reference_dir, tmp_path):
     options = RecordOptions(episodes=0)
     tall = RecordOptions(agent=type(options.agent)(height=50.0), episodes=0)
-    with pytest.raises(RecordingError, match="nowhere to stand for an agent of .* height 50 m"):
+    with pytest.raises(RecordingError, match=r"nowhere to stand for an agent of .* height 50 m"):
         record(reference_dir / "studio.glb", tmp_path / "out", tall)
     assert list(tmp_path.iterdir()) == []

@@ -53,6 +53,7 @@ def configuration(scene: str, settings: dict[str, Any]) -> Any:
     simulator.gpu_device_id = settings["gpu_device_id"]
     simulator.allow_sliding = agent["allow_sliding"]
     simulator.enable_physics = False
+    simulator.load_semantic_mesh = any(sensor["kind"] == "instance" for sensor in settings["sensors"])
     mesh = habitat_sim.nav.NavMeshSettings()
     mesh.set_defaults()
     mesh.agent_radius = agent["radius"]
@@ -79,10 +80,12 @@ class HabitatBody:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
-        # Whichever simulator comes first owns the context, so it must outlive all others.
-        self._context = (
-            habitat_sim.Simulator(configuration("NONE", settings)) if settings["sensors"] else None
-        )
+        self._context = None
+        if settings["sensors"]:
+            # Whichever simulator comes first owns the context, so it must outlive all others. Depth needs
+            # no textures: with colour habitat-sim would light an empty scene, which takes software seconds.
+            smallest = {**settings["sensors"][0], "kind": "depth", "height": 8, "width": 8}
+            self._context = habitat_sim.Simulator(configuration("NONE", {**settings, "sensors": [smallest]}))
 
     def open(self, path: str) -> HabitatWorld:
         """Loads a scene."""

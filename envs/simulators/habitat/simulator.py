@@ -71,7 +71,9 @@ def habitat_body(
         environment["LP_NUM_THREADS"] = str(cores // num_workers if cores // num_workers > 1 else 0)
     settings = [{**shared, "gpu_device_id": gpu_ids[k % len(gpu_ids)]} for k in range(num_workers)]
     file = Path(__file__).with_name("body.py")
-    return Body("habitat-sim", file, "HabitatBody", settings, environment, python, _ADVICE)
+    # habitat-sim takes PyTorch where it is, which costs each worker seconds and 200 MB for nothing.
+    hidden = ["torch"]
+    return Body("habitat-sim", file, "HabitatBody", settings, environment, python, _ADVICE, hidden)
 
 
 class HabitatSimulator(WorkerSimulator):

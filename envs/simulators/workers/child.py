@@ -6,7 +6,8 @@ another Python than the one that trains. It is run as a script, with one argumen
 - ``socket``, ``memory``: file descriptors of the connection and of the memory for images;
 - ``sensors``: a list of dictionaries, the fields of :class:`envs.simulators.base.SensorSpec`;
 - ``num_agents``: of all workers together;
-- ``body``: file and name of a callable that makes the worker's body of the dictionary ``settings``.
+- ``body``: file and name of a callable that makes the worker's body of the dictionary ``settings``;
+- ``hidden``: modules that are not to be found here, though they are installed.
 
 A body has ``open(path)``, which loads a scene and returns its world. A world has
 
@@ -219,6 +220,18 @@ class _RefusedError(Exception):
     """A scene that cannot be loaded."""
 
 
+class _Hidden:
+    """Keeps modules from being found: what takes them only where they are does without."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        """Raises for a hidden module, and leaves all others to whoever else looks."""
+        if name in self.names:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+
 def load(file: str, name: str) -> Any:
     """The object of a name in a Python file, which need not belong to a package."""
     spec = importlib.util.spec_from_file_location("worker_body", file)
@@ -236,6 +249,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     given = json.loads(sys.argv[1])
+    sys.meta_path.insert(0, _Hidden(given.get("hidden", [])))  # type: ignore[arg-type]
     try:
         Child(given, load(*given["body"])(given["settings"])).serve()
     except (BrokenPipeError, ConnectionResetError):

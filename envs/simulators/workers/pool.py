@@ -27,7 +27,7 @@ from envs.simulators.workers import child
 
 PATIENCE = 600.0
 """Seconds after which a worker that does not answer is taken for dead; large scenes take minutes to load."""
-START_PATIENCE = 120.0
+START_PATIENCE = 600.0
 """The same of one that starts."""
 SAME_REQUEST = 3
 """A request at which workers died so often in a row is not made again."""
@@ -57,6 +57,8 @@ class Body:
     """The Python that runs them; the one that runs this if None."""
     advice: str = ""
     """What to do where none starts."""
+    hidden: Sequence[str] = ()
+    """Modules that the workers can do without, and would load if they found them."""
 
 
 @dataclass
@@ -153,9 +155,14 @@ class WorkerPool:
         self._requests += 1
         message = child.HEADER.pack(kind, self._requests, len(payload)) + payload
         worker.pending[self._requests] = message
-        # Who waits for the answer finds it dead, if it is.
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        try:
             worker.connection.sendall(message)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it is dead; who waits for the answer finds that out
+        except BaseException:
+            # Who was interrupted here may have sent a part of it.
+            _end(worker)
+            raise
         return self._requests
 
     def wait(self, requests: Iterable[tuple[int, int]]) -> list[bytes]:
@@ -214,6 +221,7 @@ class WorkerPool:
             "num_agents": self._num_agents,
             "body": [str(body.file), body.factory],
             "settings": dict(body.settings[number]),
+            "hidden": list(body.hidden),
         }
         try:
             process = subprocess.Popen(

@@ -1,7 +1,7 @@
 """How fast habitat-sim is through the workers of this package.
 
-    python benchmarks/habitat.py                              # halls of 1,000 and 100,000 triangles
-    python benchmarks/habitat.py --scene apartment.glb --sizes 64 256 --processes 1 2 4
+    python benchmarks/habitat_workers.py                              # halls of 1,000 and 100,000 triangles
+    python benchmarks/habitat_workers.py --scene apartment.glb --sizes 64 256 --processes 1 2 4
 
 Beside it are habitat-lab's own ``VectorEnv``, one environment a process as it has it, and the built-in
 simulator on as many threads. All play the same PointNav episodes with random moves and turns, and see depth;

@@ -64,8 +64,6 @@ QUESTIONS = {
 _TYPES = {"rgb": ("u1", 3), "depth": ("<f4", 0), "normals": ("<f4", 3), "instance": ("<i4", 0)}
 _IDLE_SECONDS = 5.0
 """How often a worker that waits looks whether its parent still lives."""
-_MAX_SAID = 1 << 20
-"""What a worker has said is forgotten when it is longer [bytes]."""
 
 
 def layout(sensors: list[dict[str, Any]], num_agents: int) -> tuple[dict[str, tuple[int, tuple, str]], int]:
@@ -186,8 +184,8 @@ class Child:
             except Exception as error:
                 traceback.print_exc()
                 raise _RefusedError(f"{path}: {type(error).__name__}: {error}") from error
-            if os.fstat(2).st_size > _MAX_SAID:
-                os.ftruncate(2, 0)
+            # What it grumbled about while it loaded well would be taken for its last words.
+            os.ftruncate(2, 0)
         return self.worlds[number]
 
     def asked(self, question: str, options: dict[str, Any], scenes: np.ndarray, rows: np.ndarray) -> bytes:
@@ -249,7 +247,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     given = json.loads(sys.argv[1])
-    sys.meta_path.insert(0, _Hidden(given.get("hidden", [])))  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _Hidden(given["hidden"]))  # type: ignore[arg-type]
     try:
         Child(given, load(*given["body"])(given["settings"])).serve()
     except (BrokenPipeError, ConnectionResetError):

@@ -28,6 +28,8 @@ COLOURS = ("#1f56c4", "#1c202c", "#d1495b", "#2a8f5c", "#8a8f9c", "#8b4fc4", "#c
 MARKERS = "osD^vPX*"
 """Of their points."""
 DAGGER = "DAgger"
+DIGITS = ".3f"
+"""How the tables show shares."""
 
 Key = tuple[str, int | None]
 """A method, and from how many demonstrations it learned; None for DAgger."""
@@ -148,7 +150,9 @@ def _table(
         ]
         for method in methods:
             own = [found[method, count] for count in counts]
-            values = [f"{cell.mean(measure)} | {signed(cell.differences[measure])}" for cell in own]
+            values = [
+                f"{cell.mean(measure):{DIGITS}} | {signed(cell.differences[measure], DIGITS)}" for cell in own
+            ]
             seconds = sum(cell.seconds for cell in own) / len(own)
             lines.append(f"| {method} | {own[0].trainable:,} | {' | '.join(values)} | {seconds:.0f} |")
     lines += _dagger_table(found, counts)
@@ -177,7 +181,8 @@ def _dagger_table(found: Mapping[Key, Cell], counts: Sequence[int]) -> list[str]
         values = []
         for measure in MEASURES:
             gap = paired(cell.values[measure], cloned.values[measure]) if cloned else None
-            values += [str(cloned.mean(measure)) if cloned else "", str(cell.mean(measure)), signed(gap)]
+            before = f"{cloned.mean(measure):{DIGITS}}" if cloned else ""
+            values += [before, f"{cell.mean(measure):{DIGITS}}", signed(gap, DIGITS)]
         lines.append(f"| {cell.method} | {' | '.join(values)} |")
     return lines
 
@@ -185,7 +190,7 @@ def _dagger_table(found: Mapping[Key, Cell], counts: Sequence[int]) -> list[str]
 def draw(path: Path, methods: Sequence[str], found: Mapping[Key, Cell]) -> None:
     """Draws success and SPL against the number of demonstrations: a line a method, with its interval."""
     theme, counts = LIGHT, _counts(found)
-    figure = Figure(figsize=(10.5, 4.4), dpi=110, facecolor=theme.paper)
+    figure = Figure(figsize=(11.5, 4.4), dpi=110, facecolor=theme.paper)
     FigureCanvasAgg(figure)
     figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
     panels = figure.subplots(1, len(MEASURES))
@@ -194,8 +199,7 @@ def draw(path: Path, methods: Sequence[str], found: Mapping[Key, Cell]) -> None:
         axes.set_title(name, color=theme.ink, fontsize=10, loc="left", fontweight="bold")
     figure.legend(
         *panels[0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=len(methods) + 1,
+        loc="outside right upper",
         fontsize=8,
         frameon=False,
         labelcolor=theme.ink,

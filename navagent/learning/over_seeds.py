@@ -23,9 +23,14 @@ class Mean:
     """Half of the 95 % interval of Student's t; None for one seed."""
 
     def __str__(self) -> str:
+        return format(self)
+
+    def __format__(self, spec: str) -> str:
+        """``spec`` is that of both numbers; by default they have four and two digits."""
         if not math.isfinite(self.value):
             return "diverged"
-        return f"{self.value:.4g}" + ("" if self.half_width is None else f" ± {self.half_width:.2g}")
+        width = "" if self.half_width is None else f" ± {format(self.half_width, spec or '.2g')}"
+        return format(self.value, spec or ".4g") + width
 
     @property
     def sure(self) -> bool:
@@ -49,11 +54,14 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Mean | Non
     return mean(differences) if differences else None
 
 
-def signed(difference: Mean | None) -> str:
-    """A difference as a cell of a table, in bold where its interval leaves out 0."""
+def signed(difference: Mean | None, spec: str = "") -> str:
+    """A difference as a cell of a table, in bold where its interval leaves out 0.
+
+    ``spec`` formats it, see :class:`Mean`.
+    """
     if difference is None or not math.isfinite(difference.value):
         return ""
-    text = f"{'+' if difference.value > 0 else ''}{difference}"
+    text = f"{'+' if difference.value > 0 else ''}{difference:{spec}}"
     return f"**{text}**" if difference.sure else text
 
 

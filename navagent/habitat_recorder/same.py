@@ -91,7 +91,7 @@ def _compare_walks(
         np.concatenate([found[f"rollout_{kind}_{what}"] for what in ("position", "rotation_xyzw")], axis=2)
         for found in (old, new)
     ]
-    alike = (_apart(*state) <= NEAR).all(axis=2)
+    alike = np.asarray((_apart(*state) <= NEAR).all(axis=2))
     here, there = alike[:, :-1], alike[:, 1:]
     collided = old[f"rollout_{kind}_collided"] == new[f"rollout_{kind}_collided"]
     share = SHARE if kind == "slide" else STOP_SHARE

@@ -10,12 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import habitat_sim
+import numpy as np
 from habitat.config.default_structured_configs import SimulatorConfig
 from habitat.core.registry import registry
 from habitat.sims.habitat_simulator.habitat_simulator import HabitatSim
 from hydra.core.config_store import ConfigStore
 
 from navagent.evaluation.habitat_settings import NOISY_MOTION
+
+
+class NoisyMotionError(ValueError):
+    """Noisy actions of habitat-sim that break down."""
 
 
 @dataclass
@@ -50,6 +55,20 @@ class NoisyMotionSim(HabitatSim):
                         noise_multiplier=wanted.noise_multiplier,
                     )
         return config
+
+    def step(self, action: Any) -> Any:
+        """As habitat-lab's.
+
+        Raises:
+            NoisyMotionError: habitat-sim's noise does not work with this version of NumPy.
+        """
+        try:
+            return super().step(action)
+        except TypeError as error:
+            raise NoisyMotionError(
+                f"habitat-sim's noisy actions do not work here with NumPy {np.__version__} ({error}): use "
+                "NumPy below 2.4, with a build of habitat-sim that takes it"
+            ) from error
 
 
 ConfigStore.instance().store(group="habitat/simulator", name=NOISY_MOTION, node=NoisyMotionConfig)

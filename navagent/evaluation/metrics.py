@@ -186,6 +186,8 @@ def results_table(
             value, digits = summary[measure.name], measure.digits
             cells.append(
                 f"{value.mean:.{digits}f}\n[dim]{value.low:.{digits}f}–{value.high:.{digits}f}[/dim]"
+                if value.count
+                else "–"
             )
         table.add_row(escape(agent), *cells, end_section=True)
     return table

@@ -65,25 +65,19 @@ def test_habitat_answers_as_recorded(reference_dir, habitat, monkeypatch):
 
 
 @pytest.mark.parametrize("scene", SCENES)
-def test_pixels_are_those_recorded(reference_dir, habitat, scene):
+def test_depth_is_as_recorded_to_the_last_bit_or_nearly(reference_dir, habitat, scene):
     description = read_description(reference_dir / f"{scene}.json")
-    cameras = cameras_of(description)
-    answers = read_answers(reference_dir / f"{scene}.reference.npz", cameras)
+    cameras = [camera for camera in cameras_of(description) if camera.kind == "depth"]
+    answers = read_answers(reference_dir / f"{scene}.reference.npz", tuple(cameras))
     count = len(answers["view_yaw"])
-    simulator = habitat(
-        [reference_dir / f"{scene}.glb"], count, cameras, agent_of(description, True), num_workers=2
-    )
+    agent = agent_of(description, True)
+    simulator = habitat([reference_dir / f"{scene}.glb"], count, cameras, agent, num_workers=2)
     position, yaw = (torch.from_numpy(answers[name]) for name in ("view_position", "view_yaw"))
     simulator.reset(torch.arange(count), torch.zeros(count, dtype=torch.int64), position, yaw)
-    seen = simulator.render()
-    for camera in cameras:
-        recorded = answers[f"view_{camera.name}"].astype(np.float64)
-        error = np.abs(seen[camera.name].numpy().astype(np.float64) - recorded)
-        # Of the same machine they are equal; other versions of Mesa round silhouettes otherwise.
-        if camera.kind == "depth":
-            assert np.median(error) < 1e-6 and np.mean(error > 1e-3) < 1e-3
-        else:
-            assert np.mean(error > 2) < 1e-3
+    for name, image in simulator.render().items():
+        error = np.abs(image.numpy().astype(np.float64) - answers[f"view_{name}"])
+        # Of the same build all are equal; other versions of Mesa round silhouettes otherwise.
+        assert np.median(error) < 1e-6 and np.mean(error > 1e-3) < 1e-3
 
 
 def rollouts(reference_dir, simulators, steps=40):
@@ -106,7 +100,7 @@ def rollouts(reference_dir, simulators, steps=40):
 def test_it_walks_and_sees_as_the_built_in_simulator_does(reference_dir, habitat):
     scenes = [reference_dir / f"{name}.glb" for name in SCENES[:2]]
     cameras = [SensorSpec("depth", "depth", 32, 48), SensorSpec("rgb", "rgb", 32, 48, pitch_deg=-20)]
-    there = habitat(scenes, 6, cameras, num_workers=2)
+    there = habitat(scenes, 6, cameras)
     here = RaycastSimulator(scenes, 6, cameras, num_threads=1)
     near, depths, colours = [], [], []
     for _ in rollouts(reference_dir, [there, here]):
@@ -160,13 +154,13 @@ def test_an_environment_is_made_on_habitat_sim_by_one_argument(reference_dir):
         reference_dir / "pointnav" / "val" / "val.json.gz",
         "val",
         reference_dir,
-        observations=["rgb", "depth", "pointgoal_with_gps_compass"],
+        observations=["depth", "pointgoal_with_gps_compass"],
         max_resident_scenes=2,
         habitat={"num_workers": 2, "python": PYTHON},
     )
     assert isinstance(env.simulator, HabitatSimulator)
     observations, _ = env.reset(seed=0)
-    assert observations["rgb"].std() > 1 and 0 < observations["depth"].mean() < 1
+    assert 0 < observations["depth"].mean() < 1
     for _ in range(5):
         observations, *_ = env.step(np.array([1, 2, 3]))
     assert env.observation_space.contains(observations)
@@ -175,7 +169,8 @@ def test_an_environment_is_made_on_habitat_sim_by_one_argument(reference_dir):
 
 def test_a_killed_worker_changes_no_pixel(reference_dir, habitat):
     scenes = [reference_dir / f"{name}.glb" for name in SCENES]
-    cameras = [SensorSpec("depth", "depth", 16, 16), SensorSpec("rgb", "rgb", 16, 16)]
+    # Colour is left out of all but two tests: to load it, habitat-sim computes for long without a GPU.
+    cameras = [SensorSpec("depth", "depth", 16, 16)]
     calm = habitat(scenes, 4, cameras, num_workers=1)
     unlucky = habitat(scenes, 4, cameras, num_workers=2)
     with warnings.catch_warnings():
@@ -225,7 +220,7 @@ def test_scenes_that_left_free_their_memory(reference_dir, habitat, tmp_path):
             copies.append(tmp_path / f"home{index}{suffix}")
             copies[-1].write_bytes((reference_dir / f"apartment{suffix}").read_bytes())
     scenes = copies[::2]
-    simulator = habitat(scenes[:2], 1, [SensorSpec("rgb", "rgb", 32, 32)])
+    simulator = habitat(scenes[:2], 1, [SensorSpec("depth", "depth", 32, 32)])
 
     def held():
         with open(f"/proc/{simulator.process_ids[0]}/statm") as file:
@@ -239,6 +234,6 @@ def test_scenes_that_left_free_their_memory(reference_dir, habitat, tmp_path):
                 where = torch.tensor([scene])
                 start = simulator.paths.sample(where, torch.Generator().manual_seed(round_))
                 simulator.reset(torch.tensor([0]), where, start, torch.zeros(1))
-                assert simulator.render()["rgb"].float().std() > 1
+                assert simulator.render()["depth"].max() > 0.1
         sizes.append(held())
     assert sizes[-1] - sizes[0] < 48 << 20, sizes

@@ -29,7 +29,7 @@ from navagent.recordings import (
 )
 
 if TYPE_CHECKING:
-    from navagent.habitat_recorder.scene import HabitatScene
+    from navagent.habitat_recorder.scene import Habitat, HabitatScene
 
 SPLIT = "val"
 """Name of the split that recorded episodes are in."""
@@ -199,14 +199,17 @@ def record(
         agent, cameras = options.agent, options.cameras()
         plans = {name: _Plan(file, agent, cameras) for name, file in find_glbs(scenes).items()}
     require_habitat(lab=any(_num_episodes(plan, options) for plan in plans.values()))
+    from navagent.habitat_recorder.scene import Habitat
+
     partial = out.parent / f".partial-{out.name}"
     shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
     partial.mkdir(parents=True)
     try:
         episodes: list[Episode] = []
         traces: dict[str, list[dict[str, Any]]] = {}
-        for name, plan in plans.items():
-            traces[name] = _record_scene(partial, name, plan, options, episodes, on_progress)
+        with contextlib.closing(Habitat(options.gpu)) as habitat:
+            for name, plan in plans.items():
+                traces[name] = _record_scene(habitat, partial, name, plan, options, episodes, on_progress)
         if episodes:
             text = json.dumps(traces).encode()
             (partial / "pointnav_traces.json.gz").write_bytes(gzip.compress(text, mtime=0))
@@ -223,6 +226,7 @@ def _num_episodes(plan: _Plan, options: RecordOptions) -> int:
 
 
 def _record_scene(
+    habitat: Habitat,
     folder: Path,
     name: str,
     plan: _Plan,
@@ -231,27 +235,22 @@ def _record_scene(
     on_progress: OnProgress,
 ) -> list[dict[str, Any]]:
     """Records one scene, adds its episodes to those of the others, and returns what happened along them."""
-    from navagent.habitat_recorder.scene import HabitatScene
-
     glb = folder / f"{name}.glb"
     _copy_scene(plan.source, glb)
     num_episodes = _num_episodes(plan, options)
-    scene = HabitatScene(glb, plan.agent, plan.cameras, options.gpu, plan.mesh)
-    with contextlib.closing(scene):
-        questions = plan.questions or _draw(scene, options)
-        total, done = _num_answers(questions) + num_episodes, 0
+    scene = habitat.open(glb, plan.agent, plan.cameras, plan.mesh)
+    questions = plan.questions or _draw(scene, options)
+    total, done = _num_answers(questions) + num_episodes, 0
 
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            on_progress(name, done, total)
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        on_progress(name, done, total)
 
-        advance(0)
-        scene.paths.save_nav_mesh(str(glb.with_suffix(".navmesh")))
-        (folder / f"{name}.json").write_text(
-            json.dumps(scene.describe(name), indent=1) + "\n", encoding="utf-8"
-        )
-        answers = scene.answer(questions, advance)
+    advance(0)
+    scene.paths.save_nav_mesh(str(glb.with_suffix(".navmesh")))
+    (folder / f"{name}.json").write_text(json.dumps(scene.describe(name), indent=1) + "\n", encoding="utf-8")
+    answers = scene.answer(questions, advance)
     np.savez_compressed(folder / f"{name}.reference.npz", **answers)  # type: ignore[arg-type]
     if not num_episodes:
         return []

@@ -23,37 +23,70 @@ from navagent.reference import OBSTACLE_LIMIT
 _SETTINGS = tuple(field.name for field in fields(NavMeshSettings) if isinstance(field.default, float))
 
 
-class HabitatScene:
-    """One scene, with a navigation mesh that Habitat has just built for the agent.
+class Habitat:
+    """habitat-sim, in which one scene is opened after another.
+
+    Whatever it prepares for colour, seconds of work where it renders in software, is prepared only once.
 
     Args:
-        path: the ``.glb`` file.
-        agent: the body that walks there.
-        cameras: what it sees with.
         gpu: device that renders; -1 for software.
-        mesh: other settings of the navigation mesh than Habitat's, by their names.
-
-    Raises:
-        RecordingError: Habitat finds nowhere to stand.
     """
 
-    def __init__(
+    def __init__(self, gpu: int = -1) -> None:
+        self._gpu = gpu
+        self._simulator: habitat_sim.Simulator | None = None
+
+    def open(
         self,
         path: Path,
         agent: AgentSpec,
         cameras: Sequence[SensorSpec],
-        gpu: int = -1,
         mesh: dict[str, Any] | None = None,
-    ) -> None:
+    ) -> HabitatScene:
+        """Opens a scene in place of the one before.
+
+        Args:
+            path: the ``.glb`` file.
+            agent: the body that walks there.
+            cameras: what it sees with.
+            mesh: other settings of the navigation mesh than Habitat's, by their names.
+
+        Raises:
+            RecordingError: Habitat finds nowhere to stand.
+        """
         settings = {
             "sensors": [asdict(camera) for camera in cameras],
             "agent": asdict(agent),
-            "gpu_device_id": gpu,
+            "gpu_device_id": self._gpu,
             "scene_dataset_config": None,
         }
+        wanted = configuration(str(path), settings)
+        if self._simulator is None:
+            self._simulator = habitat_sim.Simulator(wanted)
+        else:
+            self._simulator.reconfigure(wanted)
+        return HabitatScene(self._simulator, path, agent, cameras, mesh or {})
+
+    def close(self) -> None:
+        """Frees what was opened."""
+        if self._simulator is not None:
+            self._simulator.close()
+
+
+class HabitatScene:
+    """One scene, with a navigation mesh that Habitat has just built; :meth:`Habitat.open` gives it."""
+
+    def __init__(
+        self,
+        simulator: habitat_sim.Simulator,
+        path: Path,
+        agent: AgentSpec,
+        cameras: Sequence[SensorSpec],
+        mesh: dict[str, Any],
+    ) -> None:
         self._agent, self._cameras = agent, tuple(cameras)
-        self._simulator = habitat_sim.Simulator(configuration(str(path), settings))
-        self.paths = self._simulator.pathfinder
+        self._simulator = simulator
+        self.paths = simulator.pathfinder
         wanted = habitat_sim.nav.NavMeshSettings()
         wanted.set_defaults()
         body = {
@@ -62,13 +95,12 @@ class HabitatScene:
             "agent_max_climb": agent.max_climb,
             "agent_max_slope": agent.max_slope_deg,
         }
-        chosen = {**(mesh or {}), **body}
+        chosen = {**mesh, **body}
         for name in _SETTINGS:
             if name in chosen:
                 setattr(wanted, name, float(chosen[name]))
         # Built anew whatever lies beside the scene, so that the description tells how.
         if not self._simulator.recompute_navmesh(self.paths, wanted) or not self.paths.navigable_area > 0:
-            self.close()
             raise RecordingError(
                 f"{path}: Habitat finds nowhere to stand for an agent of radius {agent.radius:g} m and "
                 f"height {agent.height:g} m"
@@ -135,10 +167,6 @@ class HabitatScene:
         for kind in ROLLOUTS:
             answers |= self._walk(kind, questions, on_answer)
         return answers | self._look(questions["view_position"], questions["view_yaw"], on_answer)
-
-    def close(self) -> None:
-        """Frees the scene."""
-        self._simulator.close()
 
     def _distance(self, start: NDArray[np.float32], end: NDArray[np.float32]) -> float:
         path = habitat_sim.ShortestPath()

@@ -177,6 +177,7 @@ def test_answers_that_differ_are_found(studio, tmp_path):
     answers["geodesic_distance"][answers["geodesic_distance"] == np.inf] = 0
     answers["view_depth64x96"][:, :2] += 0.001
     answers["rollout_stop_collided"][:4] ^= True
+    answers["query_snapped"][:21, 1] += 0.001  # of 4000
     np.savez(other / "studio.reference.npz", **answers)
     description = json.loads((studio / "studio.json").read_text())
     (other / "studio.json").write_text(json.dumps(description | {"navigable_area": 80.0}))
@@ -186,6 +187,7 @@ def test_answers_that_differ_are_found(studio, tmp_path):
         "geodesic_distance: within 0.0001 m",
         "depth64x96: pixels within 0.0001 m",
         "rollout_stop: collides or not, the same",
+        "query_snapped: within 0.0001 m",
     }
 
 

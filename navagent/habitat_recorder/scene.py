@@ -52,7 +52,7 @@ class Habitat:
             mesh: other settings of the navigation mesh than Habitat's, by their names.
 
         Raises:
-            RecordingError: Habitat finds nowhere to stand.
+            RecordingError: Habitat cannot load it, or finds nowhere to stand.
         """
         settings = {
             "sensors": [asdict(camera) for camera in cameras],
@@ -61,10 +61,13 @@ class Habitat:
             "scene_dataset_config": None,
         }
         wanted = configuration(str(path), settings)
-        if self._simulator is None:
-            self._simulator = habitat_sim.Simulator(wanted)
-        else:
-            self._simulator.reconfigure(wanted)
+        try:
+            if self._simulator is None:
+                self._simulator = habitat_sim.Simulator(wanted)
+            else:
+                self._simulator.reconfigure(wanted)
+        except (AssertionError, RuntimeError, ValueError) as error:  # its C++ parts raise all of them
+            raise RecordingError(f"{path.name}: Habitat cannot load it: {error}") from error
         return HabitatScene(self._simulator, path, agent, cameras, mesh or {})
 
     def close(self) -> None:

@@ -15,6 +15,9 @@ from navagent.reference import check_reference
 pytest.importorskip("habitat_sim", reason="habitat-sim is not installed", exc_type=ImportError)
 pytest.importorskip("habitat", reason="habitat-lab is not installed", exc_type=ImportError)
 
+# Three scenes that Habitat renders in software, on a machine that may be busy.
+pytestmark = pytest.mark.timeout(1800)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def quiet():

@@ -55,7 +55,7 @@ def test_habitat_answers_as_recorded(reference_dir, habitat, monkeypatch):
 
     monkeypatch.setattr("envs.simulators.raycast.simulator.RaycastSimulator", in_its_place)
     rows = {(row.scene, row.what): row for row in check_reference(reference_dir)}
-    # Moves that do not slide stop elsewhere in the release 0.3.3 than in the sources of 2026 that were recorded.
+    # Moves that do not slide stop elsewhere in release 0.3.3 than in the sources of 2026 that were recorded.
     missed = [row for row in rows.values() if row.passed is False and "not sliding" not in row.what]
     assert not missed, missed
     for scene in SCENES:

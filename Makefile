@@ -19,7 +19,7 @@ journey: $(INSTALLED)
 
 # Files are shared out between WORKERS processes; what a file's tests share is made once.
 test: lint
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

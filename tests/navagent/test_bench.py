@@ -292,7 +292,7 @@ def test_only_networks_with_a_frozen_part_are_measured_without_stored_features(t
     [
         (["--networks", "simple_cn"], "no network 'simple_cn'; did you mean 'simple_cnn'?"),
         (["--contestants", "sb4"], "no contestant 'sb4'; did you mean 'sb3'?"),
-        (["--contestants", ","], "no contestant is named"),
+        (["--contestants", ","], "',' holds no name"),
         (["--agents", "4,many"], "'4,many' is not whole numbers"),
         (["--agents", "0"], "agents 0: expected numbers of at least 1"),
         (["--updates", "0"], "updates 0: expected at least 1"),

@@ -86,7 +86,7 @@ METHODS = {
         "imitation.num_demos=10",
         "imitation.store_features=true",
     ),
-    "stop is automatic": ("env.stop=automatic", "memory=none"),
+    "stop is automatic": ("env.stop=automatic", "memory=none", "imitation.schedule=constant"),
 }
 
 

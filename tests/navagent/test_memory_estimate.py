@@ -1,3 +1,4 @@
+import gc
 import json
 import math
 from dataclasses import replace
@@ -227,11 +228,13 @@ def test_what_fits_barely_is_warned_of():
 
 
 def test_this_machine_has_memory_and_this_process_holds_some():
+    # What earlier tests left behind would be given back in between.
+    gc.collect()
     held = held_bytes()
     assert 10 << 20 < held < 1 << 40
     assert available_memory() > 0
-    # More than the C library would take from what it keeps of freed memory.
-    more = torch.ones(64 << 20, dtype=torch.uint8)
+    # More than the C library keeps of freed memory, or other threads give back meanwhile.
+    more = torch.ones(512 << 20, dtype=torch.uint8)
     assert held_bytes() - held > 0.8 * len(more)
 
 

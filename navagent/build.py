@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
+from envs.cores import usable_cores
 from envs.files import cache_dir
 from navagent.config import ConfigError, TrainConfig, gpu_numbers
 from navagent.distributed import Launch, Ranks
@@ -65,7 +66,7 @@ def set_threads(num_threads: int) -> int:
 
 def own_cores() -> int:
     """Processor cores of this process's share: several processes on a machine share them equally."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     launch = Launch.read()
     return cores if launch is None else max(1, cores // launch.local_size)
 

@@ -25,16 +25,11 @@ def available_memory(root: Path = Path("/")) -> int | None:
     return max(0, min(limits)) if limits else None
 
 
-def usable_cores() -> int:
-    """Processor cores that this process may run on, which is how many threads libraries start by default."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def cpu_quota(root: Path = Path("/")) -> float | None:
     """Processor time that the container or job may take, in cores; None where it has no limit.
 
-    Unlike :func:`usable_cores` it is enforced by making threads wait, so more threads than this are slower
-    than fewer.
+    Unlike :func:`envs.cores.usable_cores` it is enforced by making threads wait, so more threads than this
+    are slower than fewer.
 
     Args:
         root: where ``proc`` and ``sys`` lie.

@@ -39,8 +39,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from envs.cores import usable_cores
 from envs.files import atomic_write
-from navagent.limits import usable_cores
 
 FORMAT = "navagent-checkpoint"
 VERSION = 1

@@ -8,8 +8,9 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from envs.cores import usable_cores
 from navagent.doctor.findings import Finding, Level
-from navagent.limits import available_memory, cpu_quota, size, usable_cores
+from navagent.limits import available_memory, cpu_quota, size
 
 LITTLE_DISK = 200 << 20
 """Free space with which not even a few checkpoints fit [bytes]."""

@@ -19,12 +19,12 @@ from typing import Any
 
 from rich.console import Console
 
+from envs.cores import usable_cores
 from navagent.learning.comparison_report import write_report
 from navagent.learning.frames import FrameSource, View, describe_dataset, render_frames
 from navagent.learning.perception import TASKS
 from navagent.learning.trainings import Ledger, carry_out, claim, interruptible
 from navagent.learning.transfer import BASE_TASK, Base, Bench, Job, Outcome, Row, TransferConfig, rows
-from navagent.limits import usable_cores
 from policies.names import nearest
 from policies.weights import sha256
 

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from envs.cores import usable_cores
 from envs.files import cache_dir
 from navagent.agent_spaces import action_space, observation_space
 from navagent.build import check_perception, policy_settings
@@ -39,7 +40,6 @@ from navagent.demonstrations.recorded import DemonstrationSet
 from navagent.learning.demonstrated import record_expert
 from navagent.learning.imitation_ladder_report import write_report
 from navagent.learning.trainings import Ledger, carry_out, claim, interruptible
-from navagent.limits import usable_cores
 from navagent.progress import counting
 from navagent.runs import Run
 from navagent.scenes import generated_dataset

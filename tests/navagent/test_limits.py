@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from navagent.limits import available_memory, cpu_quota, usable_cores
+from envs.cores import usable_cores
+from navagent.limits import available_memory, cpu_quota
 
 
 def write(root, files):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
 import shutil
 import signal
 import tempfile
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from envs.cores import usable_cores
 from envs.episodes import generate_episodes, write_dataset, write_index
 from envs.files import atomic_write
 from envs.scenes.homes import Home, generate_home
@@ -180,7 +180,7 @@ def _write_missing(
     partial: Path, spec: HomesSpec, missing: list[int], num_workers: int | None
 ) -> Iterator[int]:
     """Writes homes and yields their indices as they are done."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     workers = num_workers if num_workers is not None else min(cores, 8)
     workers = min(workers, len(missing) // 3)  # starting a process costs as much as three homes
     if workers < 2:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from envs.cores import usable_cores
 from envs.simulators.base import AgentSpec, SensorSpec
 from envs.simulators.workers.pool import Body, WorkerPool
 from envs.simulators.workers.simulator import WorkerSimulator
@@ -59,7 +59,7 @@ def habitat_body(
         "agent": asdict(agent),
         "scene_dataset_config": dataset,
     }
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     environment = {
         # Errors are still told.
         "HABITAT_SIM_LOG": "quiet",

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from envs.cores import usable_cores
 from navagent.doctor import machine
 from navagent.doctor.machine import folder, judge_memory, judge_processors, shared_memory
-from navagent.limits import usable_cores
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from typing import Any
 from navagent.arguments import (
     BAD_INPUT,
     UsageError,
+    add_options,
     command_parser,
     name_list,
     nearest,
@@ -190,7 +191,8 @@ def _compare(arguments: Sequence[str]) -> int:
         metavar="DIR",
         help="data set of homes (default: 40 generated ones that no base has seen)",
     )
-    given: list[tuple[str, str, Callable[[str], Any], str]] = [
+    add_options(
+        parser,
         ("task", "NAME", str, "what is learned: reshading (default), curvature, edge_occlusion or depth"),
         ("images", "N,N", number_list, "numbers of training images (default: 50,500,5000)"),
         ("seeds", "N", int, "how often each is done (default: 3)"),
@@ -198,9 +200,7 @@ def _compare(arguments: Sequence[str]) -> int:
         ("bases", "NAMES", name_list, "encoders with their weights, or NAME=FOLDER of a pre-training"),
         ("steps", "N", int, "optimiser steps of each training (default: 240)"),
         ("workers", "N", int, "processes with one thread each (default: one a core)"),
-    ]
-    for name, metavar, kind, line in given:
-        parser.add_argument(f"--{name}", metavar=metavar, type=kind, default=argparse.SUPPRESS, help=line)
+    )
     parser.add_argument("--quick", action="store_true", help="a minute's try with next to no training")
     values = vars(parser.parse_args(arguments))
     out, dataset, quick = Path(values.pop("out")), values.pop("dataset", None), values.pop("quick")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 BAD_INPUT = 2
@@ -45,6 +45,17 @@ def command_parser(verb: str, description: str, examples: str) -> argparse.Argum
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def add_options(
+    parser: argparse.ArgumentParser, *options: tuple[str, str, Callable[[str], object], str]
+) -> None:
+    """Adds options that are absent from what is parsed where they are not given, so that a config's hold.
+
+    Each has its name without dashes, what stands for its value, how that is read, and its help.
+    """
+    for name, metavar, kind, line in options:
+        parser.add_argument(f"--{name}", metavar=metavar, type=kind, default=argparse.SUPPRESS, help=line)
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from navagent.arguments import (
     BAD_INPUT,
     UsageError,
+    add_options,
     command_parser,
     name_list,
     nearest,
@@ -73,7 +74,8 @@ def _train(arguments: Sequence[str]) -> int:
         "settings", metavar="NAME=VALUE", nargs="*", help="settings of `navagent train` for everybody"
     )
     parser.add_argument("--out", metavar="DIR", help="folder for the results (default: runs/bench-DATE-TIME)")
-    given: list[tuple[str, str, Callable[[str], object], str]] = [
+    add_options(
+        parser,
         ("scene", "FILE", Path, "a .glb or .gltf file to play in (default: a generated home)"),
         ("networks", "NAMES", name_list, f"with commas (default: {','.join(DEFAULT_NETWORKS)})"),
         ("contestants", "NAMES", name_list, "learners, with commas (default: all)"),
@@ -81,9 +83,7 @@ def _train(arguments: Sequence[str]) -> int:
         ("steps", "N", int, "steps of a rollout (default: 128; fewer where that is more than 8,192 frames)"),
         ("updates", "N", int, "updates of each learner that count (default: 5)"),
         ("warm-up", "N", int, "updates of each before those (default: 2)"),
-    ]
-    for name, metavar, kind, line in given:
-        parser.add_argument(f"--{name}", metavar=metavar, type=kind, default=argparse.SUPPRESS, help=line)
+    )
     parser.add_argument(
         "--variant",
         metavar="'NAME: SETTING ...'",

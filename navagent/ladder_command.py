@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from navagent.arguments import command_parser, name_list
+from navagent.arguments import add_options, command_parser, name_list
 
 SHORT: dict[str, Any] = {"experiment": "ladder_short", "sizes": (49, 500, "all"), "demonstrations": 5000}
 """What ``--short`` asks for, where nothing else is given."""
@@ -40,16 +40,15 @@ def ladder(arguments: Sequence[str]) -> int:
         nargs="*",
         help="settings of `navagent imitate` for all trainings (default: experiment=ladder)",
     )
-    given: list[tuple[str, str, Callable[[str], Any], str]] = [
+    add_options(
+        parser,
         ("sizes", "N,N", _sizes, "numbers of demonstrations, or all (default: 49,500,5000,all)"),
         ("demonstrations", "N", int, "how many the expert records, which are all (default: 10000)"),
         ("methods", "NAMES", name_list, "default: sidetune,features,finetune,scratch,blind"),
         ("dagger", "NAMES", _methods, "methods that learn by DAgger too, or none (default: sidetune)"),
         ("seeds", "N", int, "how often each is done (default: 3)"),
         ("workers", "N", int, "processes with one thread each (default: one a core)"),
-    ]
-    for name, metavar, kind, line in given:
-        parser.add_argument(f"--{name}", metavar=metavar, type=kind, default=argparse.SUPPRESS, help=line)
+    )
     parser.add_argument(
         "--short",
         action="store_true",

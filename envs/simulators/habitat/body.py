@@ -6,7 +6,10 @@ keeps to Python 3.9: habitat-sim may be installed for another Python than the on
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import tempfile
 from typing import Any
 
 import habitat_sim
@@ -18,6 +21,8 @@ _TYPES = {
     "depth": habitat_sim.SensorType.DEPTH,
     "instance": habitat_sim.SensorType.SEMANTIC,
 }
+_NO_MAP = "flat-scenes-need-no-environment.hdr"
+"""The name of no file; habitat-sim grumbles about it on standard error."""
 
 
 def sensor_specification(sensor: dict[str, Any]) -> Any:
@@ -75,6 +80,48 @@ def configuration(scene: str, settings: dict[str, Any]) -> Any:
     return habitat_sim.Configuration(simulator, [body])
 
 
+def simulator_of(scene: str, settings: dict[str, Any]) -> Any:
+    """A simulator with a scene, whose pictures are those of ``Simulator(configuration(scene, settings))``.
+
+    With a colour camera habitat-sim (0.3) computes, for each simulator, how the light of an environment map
+    falls on shiny surfaces: 12 s without a GPU. Scenes that hold their light in their textures, as scans do,
+    are drawn flat and never ask for it. So it is left out, and where what was loaded is not flat after all,
+    which lamps or single objects make, the scene is loaded again with it.
+    """
+    wanted = configuration(scene, settings)
+    if not any(sensor["kind"] == "rgb" for sensor in settings["sensors"]):
+        return habitat_sim.Simulator(wanted)
+    wanted.metadata_mediator = _without_environment(wanted.sim_cfg)
+    simulator = habitat_sim.Simulator(wanted)
+    if _is_flat(simulator):
+        return simulator
+    simulator.close()
+    return habitat_sim.Simulator(configuration(scene, settings))
+
+
+def _is_flat(simulator: Any) -> bool:
+    """Whether all that was loaded is drawn as its textures are; single objects are not taken to be."""
+    objects = simulator.get_rigid_object_manager().get_num_objects()
+    objects += simulator.get_articulated_object_manager().get_num_objects()
+    return not objects and simulator.get_stage_initialization_template().force_flat_shading
+
+
+def _without_environment(simulator_configuration: Any) -> Any:
+    """habitat-sim's knowledge of its files, with an environment map that is not there."""
+    with tempfile.TemporaryDirectory() as folder:
+        # The one place where habitat-sim looks for this setting is relative to where the process is.
+        os.mkdir(os.path.join(folder, "data"))
+        with open(os.path.join(folder, "data", "default.pbr_config.json"), "w") as file:
+            json.dump({"ibl_envmap_filename": _NO_MAP}, file)
+        before = os.open(".", os.O_RDONLY)
+        os.chdir(folder)
+        try:
+            return habitat_sim.metadata.MetadataMediator(simulator_configuration)
+        finally:
+            os.fchdir(before)
+            os.close(before)
+
+
 class HabitatBody:
     """Loads scenes, each into a simulator of its own; they share one OpenGL context."""
 
@@ -82,8 +129,7 @@ class HabitatBody:
         self.settings = settings
         self._context = None
         if settings["sensors"]:
-            # Whichever simulator comes first owns the context, so it must outlive all others. Depth needs
-            # no textures: with colour habitat-sim would light an empty scene, which takes software seconds.
+            # Whichever simulator comes first owns the context, so it must outlive all others.
             smallest = {**settings["sensors"][0], "kind": "depth", "height": 8, "width": 8}
             self._context = habitat_sim.Simulator(configuration("NONE", {**settings, "sensors": [smallest]}))
 
@@ -96,7 +142,7 @@ class HabitatWorld:
     """One scene in habitat-sim, with one agent that is put wherever somebody looks from."""
 
     def __init__(self, path: str, settings: dict[str, Any]) -> None:
-        self._simulator = habitat_sim.Simulator(configuration(path, settings))
+        self._simulator = simulator_of(path, settings)
         self._paths = self._simulator.pathfinder
         if not self._paths.is_loaded:
             raise ValueError("habitat-sim finds no navigation mesh, and nowhere to stand in the geometry")

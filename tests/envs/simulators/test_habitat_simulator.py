@@ -169,8 +169,7 @@ def test_an_environment_is_made_on_habitat_sim_by_one_argument(reference_dir):
 
 def test_a_killed_worker_changes_no_pixel(reference_dir, habitat):
     scenes = [reference_dir / f"{name}.glb" for name in SCENES]
-    # Colour is left out of all but two tests: to load it, habitat-sim computes for long without a GPU.
-    cameras = [SensorSpec("depth", "depth", 16, 16)]
+    cameras = [SensorSpec("depth", "depth", 16, 16), SensorSpec("rgb", "rgb", 16, 16)]
     calm = habitat(scenes, 4, cameras, num_workers=1)
     unlucky = habitat(scenes, 4, cameras, num_workers=2)
     with warnings.catch_warnings():

@@ -15,11 +15,8 @@ Three evaluations of each agent, on the same episodes and with the same random n
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import math
-import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,6 +63,7 @@ from navagent.evaluation.metrics import Estimate, paired_difference, results_tab
 from navagent.evaluation.report import write_report
 from navagent.evaluation.results import EpisodeResult
 from navagent.habitat_agent import NavagentAgent
+from navagent.real_habitat import HabitatMissingError, import_habitat
 from navagent.runs import Run
 
 AGREEMENT = 0.001
@@ -135,7 +133,10 @@ def evaluate_official(options: EvaluateOptions, console: Console, ranks: Ranks) 
         ConfigError: Habitat is not installed, an agent is not a trained one, or habitat-lab cannot express
             the run's task.
     """
-    require_habitat()
+    try:
+        import_habitat()
+    except HabitatMissingError as error:
+        raise ConfigError(f"--official: {error}") from None
     if ranks.size > 1:
         raise ConfigError(f"--official runs in one process, not in {ranks.size}: start it without torchrun")
     run = Run(options.run)
@@ -186,24 +187,6 @@ def evaluate_official(options: EvaluateOptions, console: Console, ranks: Ranks) 
         f"results  {out}\nhabitat  {out / 'habitat.yaml'}\nreport   {report}", soft_wrap=True, highlight=False
     )
     return out
-
-
-def require_habitat() -> None:
-    """Imports Habitat, with little to say; raises ConfigError where it is missing or broken."""
-    quiet = {"HABITAT_SIM_LOG": "quiet", "MAGNUM_LOG": "quiet", "HABITAT_LAB_LOG": "30"}
-    for name, level in quiet.items():
-        os.environ.setdefault(name, level)
-    try:
-        # Its old gym greets with a notice.
-        with contextlib.redirect_stderr(io.StringIO()):
-            import habitat  # noqa: F401
-            import habitat_sim  # noqa: F401
-    except Exception as error:  # an installation that is broken raises anything
-        raise ConfigError(
-            "--official needs habitat-sim and habitat-lab, which do not import here "
-            f"({type(error).__name__}: {error}); `navagent doctor` says what is wrong, and docs/habitat.md "
-            "how to install them"
-        ) from None
 
 
 def _trained(contender: Contender) -> Run:

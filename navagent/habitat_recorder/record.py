@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import numpy as np
 from envs.episodes import Episode, find_scene, scene_name, write_dataset
 from envs.simulators.base import AgentSpec, SensorSpec
 from navagent.habitat_recorder.questions import QUESTIONS, ROLLOUTS, Counts, draw_questions
+from navagent.real_habitat import HabitatMissingError, import_habitat
 from navagent.recordings import (
     Answers,
     RecordingError,
@@ -80,32 +80,6 @@ class _Plan:
     """Those of an earlier recording; None where they are drawn."""
     traces: list[dict[str, Any]] | None = None
     """Those of an earlier recording, whose actions are done again."""
-
-
-def require_habitat(lab: bool) -> None:
-    """Imports habitat-sim, and habitat-lab where ``lab``, with little to say.
-
-    Raises:
-        RecordingError: one of them is missing or broken; in its words, and with what to do.
-    """
-    for name, level in (("HABITAT_SIM_LOG", "quiet"), ("MAGNUM_LOG", "quiet"), ("GLOG_minloglevel", "2")):
-        os.environ.setdefault(name, level)
-    package = "habitat-sim"
-    try:
-        import habitat_sim
-
-        habitat_sim.Simulator  # noqa: B018
-        if lab:
-            package = "habitat-lab"
-            import habitat
-
-            habitat.Env  # noqa: B018
-    except Exception as error:  # an installation that is broken raises anything
-        without = "" if package == "habitat-sim" else "; --episodes 0 records without it"
-        raise RecordingError(
-            f"{package} is needed and does not import here ({type(error).__name__}: {error}); `navagent "
-            f"doctor` says what is wrong, and docs/habitat.md how to install it{without}"
-        ) from None
 
 
 def find_glbs(scenes: str | Path) -> dict[str, Path]:
@@ -198,7 +172,11 @@ def record(
     else:
         agent, cameras = options.agent, options.cameras()
         plans = {name: _Plan(file, agent, cameras) for name, file in find_glbs(scenes).items()}
-    require_habitat(lab=any(_num_episodes(plan, options) for plan in plans.values()))
+    try:
+        import_habitat(lab=any(_num_episodes(plan, options) for plan in plans.values()))
+    except HabitatMissingError as error:
+        without = "; --episodes 0 records without it" if error.package == "habitat-lab" else ""
+        raise RecordingError(f"{error}{without}") from None
     from navagent.habitat_recorder.scene import Habitat
 
     partial = out.parent / f".partial-{out.name}"

@@ -6,9 +6,11 @@ import shutil
 import numpy as np
 import pytest
 
+from envs.simulators.base import AgentSpec
 from navagent.cli import main
-from navagent.habitat_recorder.record import RecordOptions, record, require_habitat
+from navagent.habitat_recorder.record import RecordOptions, record
 from navagent.habitat_recorder.same import compare_recordings
+from navagent.real_habitat import import_habitat
 from navagent.recordings import RecordingError, read_episodes, read_traces
 from navagent.reference import check_reference
 
@@ -21,7 +23,7 @@ pytestmark = pytest.mark.timeout(1800)
 
 @pytest.fixture(scope="module", autouse=True)
 def quiet():
-    require_habitat(lab=True)
+    import_habitat()
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +84,8 @@ def test_a_new_recording_is_accepted_and_its_seed_gives_the_same_again(reference
 
 
 def test_a_scene_without_a_floor_for_the_agent_is_named_and_leaves_nothing(reference_dir, tmp_path):
-    options = RecordOptions(episodes=0)
-    tall = RecordOptions(agent=type(options.agent)(height=50.0), episodes=0)
-    with pytest.raises(RecordingError, match=r"nowhere to stand for an agent of .* height 50 m"):
-        record(reference_dir / "studio.glb", tmp_path / "out", tall)
+    # Wider than the room. A tall one would stand on the roof.
+    wide = RecordOptions(agent=AgentSpec(radius=5.0), episodes=0)
+    with pytest.raises(RecordingError, match=r"nowhere to stand for an agent of radius 5 m"):
+        record(reference_dir / "studio.glb", tmp_path / "out", wide)
     assert list(tmp_path.iterdir()) == []

@@ -154,13 +154,16 @@ def test_headings_are_those_of_quaternions(turn):
     assert heading_of((0.0, np.sin(turn / 2), 0.0, np.cos(turn / 2))) == pytest.approx(turn)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("habitat") is not None, reason="habitat-lab is installed here")
+@pytest.mark.skipif(
+    importlib.util.find_spec("habitat_sim") is not None, reason="habitat-sim is installed here"
+)
 def test_without_habitat_it_says_what_to_install(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("NAVAGENT_DEBUG", "0")
     run = Run.create(tmp_path / "run", to_yaml(load_config([])))
     assert main(["evaluate", str(run.path), "--official", "--device", "cpu"]) == 2
     message = capsys.readouterr().err
-    assert "No module named 'habitat'" in message
+    assert "--official: habitat-sim is needed and does not import here" in message
+    assert "No module named 'habitat_sim'" in message
     assert "docs/habitat.md" in message
     with pytest.raises(ConfigError, match="navagent doctor"):
         evaluate_run(EvaluateOptions(str(run.path), official=True, device="cpu"))

@@ -12,7 +12,7 @@ from envs.simulators.base import Action
 from navagent.agent_spaces import action_space, observation_space
 from navagent.build import load_split, make_vector_env, policy_settings
 from navagent.cli import main
-from navagent.config import ConfigError, load_config, to_yaml
+from navagent.config import load_config, to_yaml
 from navagent.evaluation.agents import ExpertAgent, RandomAgent
 from navagent.evaluation.evaluate import evaluate_agent
 from navagent.evaluation.habitat_settings import habitat_settings, to_hydra
@@ -23,16 +23,16 @@ from navagent.evaluation.official import (
     open_habitat,
     play,
     replay,
-    require_habitat,
 )
 from navagent.habitat_agent import NavagentAgent
+from navagent.real_habitat import HabitatMissingError, import_habitat
 from navagent.runs import Run
 from navagent.scenes import generate
 from policies.actor_critic import NavigationPolicy
 
 try:
-    require_habitat()
-except ConfigError as error:
+    import_habitat()
+except HabitatMissingError as error:
     pytest.skip(f"no real Habitat: {error}", allow_module_level=True)
 
 

@@ -668,7 +668,7 @@ LIMITS = ("at_least", "at_most", "above", "below")
 def _check_together(config: TrainConfig) -> None:
     """What no single setting can see: combinations, and files that must be there."""
     algorithm = config.algorithm
-    if algorithm.num_minibatches > algorithm.num_envs:
+    if algorithm.name == "ppo" and algorithm.num_minibatches > algorithm.num_envs:
         raise ConfigError(
             f"algorithm.num_minibatches={algorithm.num_minibatches} is more than algorithm.num_envs="
             f"{algorithm.num_envs}: a minibatch is made of whole agents' rollouts, so use at most as many"
@@ -889,6 +889,11 @@ def load_config(overrides: Sequence[str] = (), command: Command = "train") -> Tr
         ConfigError: on an unknown name (with the nearest right one), a wrong type or range, a missing file.
     """
     named = _named(overrides)
+    if command == "imitate" and "ppo" in (named.get("algorithm"), named.get("algorithm.name")):
+        raise ConfigError(
+            "algorithm=ppo learns by reward, and `navagent imitate` from an expert alone: leave it out, or "
+            "use `navagent train`, whose first imitation.frames are the expert's"
+        )
     checked = [f"{group}={option}" for group, option in STARTS_WITH[command].items() if group not in named]
     checked += [_checked_override(override) for override in overrides]
     if command == "train" and named.get("start_from", "null") != "null" and "experiment" not in named:
@@ -994,6 +999,7 @@ def started_run(config: TrainConfig) -> Path:
 
 
 PPO_ALONE = (
+    "algorithm.num_minibatches",
     "algorithm.clip_range",
     "algorithm.clip_range_schedule",
     "algorithm.clip_range_vf",
@@ -1008,23 +1014,48 @@ PPO_ALONE = (
 )
 """Settings that only learning by reward has."""
 
-DAGGER_ALONE = ("schedule", "share", "mixing", "decay", "final_share", "alone", "segment_steps")
-CLONING_ALONE = ("demos", "num_demos", "store_features")
+MIXTURE = tuple(
+    f"imitation.{name}"
+    for name in ("schedule", "share", "mixing", "decay", "final_share", "alone", "segment_steps")
+)
+DAGGER_ALONE = (
+    *MIXTURE,
+    # What a demonstration was worth is not part of it, so that there is nothing for a critic to learn.
+    *(f"algorithm.{name}" for name in ("vf_coef", "gamma", "gae_lambda", "normalize_returns")),
+)
+CLONING_ALONE = ("imitation.demos", "imitation.num_demos", "imitation.store_features")
+OF_OTHER_SCHEDULES = {
+    "linear": ("imitation.decay",),
+    "exponential": ("imitation.mixing",),
+    "constant": ("imitation.mixing", "imitation.decay", "imitation.final_share"),
+}
+"""By ``imitation.schedule``: settings that it does not look at."""
+
+
+def meaningless(config: TrainConfig) -> dict[str, str]:
+    """Settings that change nothing, by name, each with the choice that makes it so."""
+    imitation = config.imitation
+    dead = dict.fromkeys(
+        CLONING_ALONE if imitation.name == "dagger" else DAGGER_ALONE, f"imitation={imitation.name}"
+    )
+    if imitation.name == "dagger":
+        others = OF_OTHER_SCHEDULES[imitation.schedule]
+        dead |= dict.fromkeys(others, f"imitation.schedule={imitation.schedule}")
+    if config.algorithm.name == "imitation":
+        dead |= dict.fromkeys(PPO_ALONE, "algorithm=imitation")
+    elif imitation.frames == 0:
+        lesson = (*MIXTURE, "imitation.minibatches", "imitation.inflection_weight")
+        dead |= dict.fromkeys(lesson, "imitation.frames=0")
+    if config.simulator.name == "raycast":
+        workers = [name for name in flatten(config) if name.startswith("simulator.")]
+        dead |= dict.fromkeys((name for name in workers if name != "simulator.name"), "simulator=raycast")
+    return dead
 
 
 def _check_meant(config: TrainConfig, named: Mapping[str, str]) -> None:
     """Refuses settings that a command line names and that would change nothing."""
-    method = config.imitation.name
-    others = CLONING_ALONE if method == "dagger" else DAGGER_ALONE
-    dead = {f"imitation.{name}": f"imitation={method}" for name in others}
-    if config.algorithm.name == "imitation":
-        dead |= dict.fromkeys(PPO_ALONE, "algorithm=imitation")
-    defaults = flatten(TrainConfig())
-    now = flatten(config)
-    if config.simulator.name == "raycast":
-        workers = [name for name in now if name.startswith("simulator.") and name != "simulator.name"]
-        dead |= dict.fromkeys(workers, "simulator=raycast")
-    for name, choice in dead.items():
+    defaults, now = flatten(TrainConfig()), flatten(config)
+    for name, choice in meaningless(config).items():
         if name in named and now[name] != defaults[name]:
             raise ConfigError(f"{name}={as_typed(now[name])} means nothing with {choice}; leave it out")
 

@@ -412,6 +412,8 @@ class MemoryPlan:
     """What it may still take of the host's memory [bytes]; None where unknown."""
     device_free: int | None = None
     """What the CUDA device that learns has free [bytes]; None where the CPU learns."""
+    minibatches: str = "algorithm.num_minibatches"
+    """The setting that decides how large a minibatch is."""
 
     @property
     def need(self) -> Need:
@@ -467,7 +469,7 @@ class MemoryPlan:
     def advice(self) -> list[str]:
         """For each setting that could be lowered alone, the first value at which everything fits."""
         told = []
-        for names, shapes in _smaller(self.shape):
+        for names, shapes in _smaller(self.shape, self.minibatches):
             for values, shape in shapes:
                 smaller = need(self.footprint, shape, self.homes)
                 if self.fits(smaller):
@@ -477,7 +479,9 @@ class MemoryPlan:
         return told[:3]
 
 
-def _smaller(shape: Shape) -> Iterable[tuple[Sequence[str], Iterable[tuple[Sequence[Any], Shape]]]]:
+def _smaller(
+    shape: Shape, minibatches: str
+) -> Iterable[tuple[Sequence[str], Iterable[tuple[Sequence[Any], Shape]]]]:
     """Ways to need less memory: names of settings, and values for them with the shape that they make."""
     if shape.feature_bytes == 4:
         half = replace(shape, feature_bytes=2)
@@ -489,7 +493,6 @@ def _smaller(shape: Shape) -> Iterable[tuple[Sequence[str], Iterable[tuple[Seque
     ]
     yield ("algorithm.replay_steps",), [((each.replay_steps,), each) for each in shorter]
     divided = [replace(shape, num_minibatches=m) for m in _doubled(shape.num_minibatches, shape.num_envs)]
-    minibatches = "algorithm.num_minibatches"
     yield (minibatches,), [((each.num_minibatches,), each) for each in divided]
     steps = [replace(shape, num_steps=shape.num_steps >> k) for k in range(1, shape.num_steps.bit_length())]
     yield ("algorithm.num_steps",), [((each.num_steps,), each) for each in steps]
@@ -514,9 +517,9 @@ def _doubled(start: int, most: int) -> list[int]:
 def plan_memory(config: TrainConfig, model: SequenceLearner, val_scenes: Iterable[Path]) -> MemoryPlan:
     """What the settings' training needs, with everything built and nothing trained yet."""
     algorithm = config.algorithm
-    minibatches = algorithm.num_minibatches
+    minibatches, setting = algorithm.num_minibatches, "algorithm.num_minibatches"
     if algorithm.name == "imitation":
-        minibatches = config.imitation.minibatches
+        minibatches, setting = config.imitation.minibatches, "imitation.minibatches"
     elif config.imitation.frames:
         minibatches = min(minibatches, config.imitation.minibatches)
     homes = sum(map(scene_bytes, val_scenes)) if config.evaluation.every_frames else 0.0
@@ -533,6 +536,7 @@ def plan_memory(config: TrainConfig, model: SequenceLearner, val_scenes: Iterabl
         held=held_bytes(),
         available=own_part(available_memory()),
         device_free=free_on(model.device),
+        minibatches=setting,
     )
 
 

@@ -33,7 +33,7 @@ from navagent.build import (
     simulator_gpus,
     training_device,
 )
-from navagent.config import AlgorithmConfig, ConfigError, TrainConfig, started_run, to_yaml
+from navagent.config import ConfigError, TrainConfig, started_run, to_yaml
 from navagent.distributed import Launch, RankLostError, Ranks, joined
 from navagent.learning.auxiliary import AuxiliaryConfig
 from navagent.learning.demonstrated import (
@@ -191,12 +191,16 @@ def _train(
     raise stop.error()
 
 
-def learning_rate(algorithm: AlgorithmConfig, processes: int = 1) -> LearningRate:
+def learning_rate(config: TrainConfig, processes: int = 1) -> LearningRate:
     """The learning rate of the settings, for as many processes that learn together."""
+    algorithm = config.algorithm
     scale = 1.0
     if algorithm.scale_learning_rate:
-        frames = algorithm.num_steps * algorithm.num_envs * processes
-        scale = square_root_scale(max(1, frames // algorithm.num_minibatches))
+        everyone = algorithm.num_envs * processes
+        parts = algorithm.num_minibatches
+        if algorithm.name == "imitation":
+            parts = min(config.imitation.minibatches, everyone)
+        scale = square_root_scale(max(1, algorithm.num_steps * everyone // parts))
     return LearningRate(
         scale * algorithm.learning_rate,
         cast(DecaySchedule, algorithm.learning_rate_schedule),
@@ -256,9 +260,8 @@ def make_model(
     return learner(
         NavigationPolicy,
         SB3VecEnv(*envs),
-        learning_rate=learning_rate(algorithm, ranks.size),
+        learning_rate=learning_rate(config, ranks.size),
         n_steps=algorithm.num_steps,
-        n_minibatches=algorithm.num_minibatches,
         n_epochs=algorithm.epochs,
         gamma=algorithm.gamma,
         gae_lambda=algorithm.gae_lambda,
@@ -297,10 +300,12 @@ def learning_settings(config: TrainConfig) -> tuple[type[SequenceLearner], dict[
     """The algorithm, and those of its settings that others do not have."""
     algorithm = config.algorithm
     if algorithm.name == "imitation":
-        return Imitator, {}
+        # Labels are learned in parts of their own, see :func:`teaching`.
+        return Imitator, {"n_minibatches": 1}
     clipping = cast(DecaySchedule, algorithm.clip_range_schedule)
     clip_range_vf = algorithm.clip_range_vf
     return PPO, {
+        "n_minibatches": algorithm.num_minibatches,
         "clip_range": Decay(algorithm.clip_range, clipping),
         "clip_range_vf": None if clip_range_vf is None else Decay(clip_range_vf, clipping),
         "clip_value_loss": algorithm.clip_value_loss,

@@ -24,6 +24,7 @@ from navagent.config import (
     as_typed,
     flatten,
     load_config,
+    meaningless,
     option_help,
     read_config,
     to_yaml,
@@ -157,10 +158,12 @@ def _changed(config: TrainConfig) -> dict[str, Any]:
     usual = start.adaptation.name
     defaults = flatten(dataclasses.replace(start, adaptation=AdaptationConfig(config.adaptation.name)))
     defaults["adaptation.name"] = usual
+    # An experiment may speak of what this run does not look at; on a command line that would be refused.
+    dead = meaningless(config)
     return {
         name: value
         for name, value in flatten(config).items()
-        if value != defaults[name] and name not in _NOT_THE_EXPERIMENT
+        if value != defaults[name] and name not in _NOT_THE_EXPERIMENT and name not in dead
     }
 
 

@@ -144,8 +144,7 @@ class LadderConfig:
         """The settings of a training, as they are typed after ``navagent imitate``."""
         named = {word.partition("=")[0].strip() for word in self.settings}
         # Those of the other way to learn would mean nothing, and be refused.
-        others = CLONING_ALONE if job.demonstrations is None else DAGGER_ALONE
-        dead = {f"imitation.{name}" for name in others}
+        dead = CLONING_ALONE if job.demonstrations is None else DAGGER_ALONE
         given = [word for word in self.settings if word.partition("=")[0].strip() not in dead]
         if job.method == BLIND:
             cameras = ("sensors", "sensors.rgb", "sensors.depth")

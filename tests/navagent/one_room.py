@@ -15,6 +15,15 @@ from envs.scenes.navmesh_file import write_navmesh
 from envs.scenes.pathfinder import PathFinder
 from envs.simulators.base import AgentSpec
 
+TINY = (
+    "encoder.weights=random",
+    "encoder.image_features=16",
+    "memory.hidden_size=16",
+    "sensors.height=16",
+    "sensors.width=16",
+)
+"""Settings of an agent that is trained in no time."""
+
 WALL_COLOURS = ((200, 40, 40), (50, 70, 200), (40, 160, 60), (210, 190, 40))
 
 

@@ -67,14 +67,16 @@ def test_by_default_there_is_no_option(room, tmp_path):
 
 
 def test_the_learning_rate_grows_with_the_minibatches_of_all_processes():
-    algorithm = load_config(["experiment=large_batch"]).algorithm
+    config = load_config(["experiment=large_batch"])
     # 512 agents of 32 steps in two minibatches are 8192 frames, 32 times 256.
-    rate = learning_rate(algorithm)
+    rate = learning_rate(config)
     assert rate(0.99) == pytest.approx(5e-4 * np.sqrt(32))
     assert rate(1.0) == pytest.approx(5e-4 * np.sqrt(32) / 2)
     assert rate(0.0) == pytest.approx(5e-4 * 0.01)
-    assert learning_rate(algorithm, processes=4)(0.99) == pytest.approx(2 * rate(0.99))
-    assert learning_rate(load_config([]).algorithm)(1.0) == 7e-4
+    assert learning_rate(config, processes=4)(0.99) == pytest.approx(2 * rate(0.99))
+    assert learning_rate(load_config([]))(1.0) == 7e-4
+    # Labels are learned in 16 minibatches, of 1024 frames each.
+    assert learning_rate(load_config(["experiment=large_batch"], "imitate"))(0.99) == pytest.approx(5e-4 * 2)
 
 
 def test_the_side_tuning_papers_agent_has_its_published_settings():

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 from demonstrations_world import SENSORS
-from one_room import write_one_room
+from one_room import TINY, write_one_room
 
 from envs.simulators.base import Action
 from navagent.cli import main
@@ -77,11 +77,8 @@ def test_a_trained_agent_is_recorded_in_its_own_world(room, tmp_path, capsys):
     run = tmp_path / "run"
     settings = [
         *world(room),
-        *SENSORS,
+        *TINY,
         f"run_dir={run}",
-        "encoder.weights=random",
-        "encoder.image_features=16",
-        "memory.hidden_size=16",
         "env.max_steps=12",
         "algorithm.num_envs=2",
         "algorithm.num_steps=8",

@@ -14,7 +14,7 @@ import pytest
 import torch
 from learning_ranks import Crew
 from learning_world import RecurrentPolicy
-from one_room import write_one_room
+from one_room import TINY, write_one_room
 from rich.console import Console
 from torch.nn import functional
 
@@ -493,11 +493,7 @@ def words(room, path, *overrides):
     return [
         f"scenes.dataset={room}",
         f"run_dir={path}",
-        "encoder.weights=random",
-        "sensors.height=16",
-        "sensors.width=16",
-        "memory.hidden_size=16",
-        "encoder.image_features=16",
+        *TINY,
         "env.max_steps=12",
         "algorithm.total_frames=320",
         "algorithm.num_steps=8",

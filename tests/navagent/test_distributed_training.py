@@ -11,7 +11,7 @@ import learning_ranks
 import pytest
 from killed_training import numbers
 from learning_ranks import Crew
-from one_room import write_one_room, write_rooms
+from one_room import TINY, write_one_room, write_rooms
 
 from navagent.evaluation.results import read_results
 from navagent.runs import Run
@@ -19,11 +19,7 @@ from navagent.runs import Run
 FRAMES = 256
 KILLS = 4
 SETTINGS = [
-    "encoder.weights=random",
-    "sensors.height=16",
-    "sensors.width=16",
-    "memory.hidden_size=16",
-    "encoder.image_features=16",
+    *TINY,
     "env.max_steps=12",
     "algorithm.num_envs=2",
     f"algorithm.total_frames={FRAMES}",

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from one_room import write_one_room
+from one_room import TINY, write_one_room
 from rich.console import Console
 from test_train import interrupt_after, numbers
 
@@ -40,16 +40,11 @@ def words(room, path, *overrides):
     return [
         f"scenes.dataset={room}",
         f"run_dir={path}",
-        "encoder.weights=random",
-        "sensors.height=16",
-        "sensors.width=16",
-        "memory.hidden_size=16",
-        "encoder.image_features=16",
+        *TINY,
         "env.max_steps=60",
         f"algorithm.total_frames={FRAMES}",
         "algorithm.num_envs=4",
         "algorithm.num_steps=8",
-        "algorithm.num_minibatches=2",
         "evaluation.every_frames=0",
         "evaluation.num_episodes=4",
         "evaluation.num_envs=2",
@@ -258,7 +253,8 @@ def test_the_settings_of_the_mixture_reach_it(room, tmp_path):
         0.1,
         0.0,
     ]
-    assert teaching(load_config(words(room, tmp_path, "imitation.frames=50"))).frames == 50
+    before_ppo = words(room, tmp_path, "imitation.frames=50", "algorithm.num_minibatches=2")
+    assert teaching(load_config(before_ppo)).frames == 50
 
 
 @pytest.fixture(scope="module")
@@ -393,6 +389,24 @@ def test_what_is_no_run_is_not_begun_from(imitated, tmp_path):
             ["imitation=behaviour_cloning", "imitation.decay=0.5"],
             "means nothing with imitation=behaviour_cloning",
         ),
+        (["algorithm=ppo"], "algorithm=ppo learns by reward, and `navagent imitate` from an expert alone"),
+        (
+            ["algorithm.num_minibatches=4"],
+            "algorithm.num_minibatches=4 means nothing with algorithm=imitation",
+        ),
+        (["imitation.decay=0.9"], "imitation.decay=0.9 means nothing with imitation.schedule=linear"),
+        (
+            ["imitation.schedule=exponential", "imitation.mixing=0.3"],
+            "imitation.mixing=0.3 means nothing with imitation.schedule=exponential",
+        ),
+        (
+            ["imitation.schedule=constant", "imitation.final_share=0"],
+            "imitation.final_share=0.0 means nothing with imitation.schedule=constant",
+        ),
+        (
+            ["imitation=behaviour_cloning", "algorithm.vf_coef=0.1"],
+            "algorithm.vf_coef=0.1 means nothing with imitation=behaviour_cloning",
+        ),
         (["imitation=behaviour_cloning", "algorithm.curriculum=linear"], "plays none"),
         (["imitation.store_features=true"], "means nothing with imitation=dagger"),
         (
@@ -408,6 +422,19 @@ def test_wrong_arguments_are_one_message_and_status_2(arguments, message, capsys
     monkeypatch.setenv("NAVAGENT_DEBUG", "0")
     assert main(["imitate", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_without_an_expert_its_settings_mean_nothing(capsys, monkeypatch):
+    monkeypatch.setenv("NAVAGENT_DEBUG", "0")
+    for word in ("imitation.share=0.5", "imitation.inflection_weight=3.0"):
+        assert main(["train", "imitation.frames=0", word]) == 2
+        assert f"{word} means nothing with imitation.frames=0" in capsys.readouterr().err
+
+
+def test_fewer_agents_than_ppo_has_minibatches_are_imitated(room, tmp_path):
+    run = imitate(room, tmp_path / "run", "algorithm.num_envs=1", "algorithm.total_frames=8")
+    (record,) = run.read_metrics()
+    assert record["frames"] == 8 and record["imitation/loss"] > 0
 
 
 def test_cloning_does_not_come_before_ppo_in_one_run(capsys, monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from one_room import write_one_room
+from one_room import TINY, write_one_room
 from test_train import interrupt_after
 
 from navagent.cli import main
@@ -20,16 +20,11 @@ from navagent.learning.imitation_ladder_report import cells
 from navagent.runs import Run
 
 SETTINGS = (
-    "encoder.weights=random",
-    "sensors.height=16",
-    "sensors.width=16",
-    "memory.hidden_size=16",
-    "encoder.image_features=16",
+    *TINY,
     "env.max_steps=60",
     "algorithm.total_frames=64",
     "algorithm.num_envs=4",
     "algorithm.num_steps=8",
-    "algorithm.num_minibatches=2",
     "evaluation.num_episodes=4",
     "evaluation.num_envs=2",
 )

@@ -211,6 +211,9 @@ def test_what_cannot_fit_is_refused_with_settings_that_do():
     assert plan(0.8 * total).advice()[0].startswith("algorithm.feature_dtype=float16 needs")
     with pytest.raises(ConfigError, match="nothing smaller fits either"):
         plan(1000).check()
+    # Where labels alone are learned, their minibatches are what can be made smaller.
+    labels = " ".join(plan(0.8 * total, minibatches="imitation.minibatches").advice())
+    assert "imitation.minibatches=" in labels and "num_minibatches" not in labels
 
 
 def test_the_gpu_and_the_host_each_hold_their_part():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from killed_training import numbers
-from one_room import write_one_room
+from one_room import TINY, write_one_room
 from rich.console import Console
 
 from envs.simulators.raycast.simulator import RaycastSimulator
@@ -51,11 +51,7 @@ def words(room, path, *overrides):
     return [
         f"scenes.dataset={room}",
         f"run_dir={path}",
-        "encoder.weights=random",
-        "sensors.height=16",
-        "sensors.width=16",
-        "memory.hidden_size=16",
-        "encoder.image_features=16",
+        *TINY,
         "env.max_steps=12",
         "env.rgb_noise=0.1",
         "env.actuation_noise=0.5",

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from navagent.config import load_config, to_yaml, write_config
+from navagent.config import PPO_ALONE, flatten, load_config, to_yaml, write_config
 from navagent.evaluation.departures import departures
 from navagent.evaluation.metrics import paired_difference, summarise, to_json
 from navagent.evaluation.report import read_evaluations, reproduce_command, write_report
@@ -201,6 +201,16 @@ def test_the_command_to_repeat_a_run_gives_its_settings_back(tmp_path):
     again = load_config([*words[2:], "run_dir=x y"])
     assert again == config
     write_config(again, tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize("experiment", ["quick", "side_tuning_paper", "large_batch"])
+def test_an_imitated_run_is_repeated_without_what_it_does_not_look_at(experiment):
+    config = load_config([f"experiment={experiment}"], "imitate")
+    words = shlex.split(reproduce_command(config))
+    assert words[:2] == ["navagent", "imitate"]
+    again, own = flatten(load_config(words[2:], "imitate")), flatten(config)
+    different = {name for name in own if again[name] != own[name]}
+    assert "imitation.frames" in different and different <= set(PPO_ALONE)
 
 
 @pytest.mark.parametrize(

@@ -302,7 +302,6 @@ def make_simulator(
 
     settings = config.simulator
     workers = settings.workers or own_cores()
-    dataset = settings.scene_dataset_config
     return HabitatSimulator(
         scenes,
         num_agents,
@@ -310,11 +309,16 @@ def make_simulator(
         agent_spec(config),
         num_workers=workers,
         gpu_ids=simulator_gpus(config, workers),
-        scene_dataset_config=None if dataset is None else Path(dataset).expanduser(),
+        scene_dataset_config=_scene_dataset(config),
         python=_python(config),
         device=device,
         max_restarts=settings.max_restarts,
     )
+
+
+def _scene_dataset(config: TrainConfig) -> Path | None:
+    named = config.simulator.scene_dataset_config
+    return None if named is None else Path(named).expanduser()
 
 
 def _python(config: TrainConfig) -> str | None:
@@ -349,7 +353,7 @@ def check_simulator(config: TrainConfig) -> None:
 
     gpus = simulator_gpus(config, config.simulator.workers or own_cores())
     try:
-        check_habitat(cameras(config), gpus, _python(config))
+        check_habitat(cameras(config), gpus, _python(config), _scene_dataset(config))
     except SimulatorError as error:
         raise ConfigError(f"simulator=habitat: {error}") from None
 

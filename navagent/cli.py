@@ -184,11 +184,18 @@ def _evaluate(arguments: Sequence[str]) -> int:
         navagent evaluate runs/RUN --agents run,random,expert --episodes 500 --videos 4
         navagent evaluate runs/RUN --dataset gibson/v1/val/val.json.gz --scenes scene_datasets
         navagent evaluate runs/RUN --simulator habitat
+        navagent evaluate runs/RUN --simulator habitat simulator.gpu_ids=0 simulator.workers=4
         navagent evaluate runs/RUN --official --episodes 100
         navagent evaluate runs/RUN --official --agents run,other=runs/OTHER
         """,
     )
     parser.add_argument("run", metavar="RUN", help="folder of a training run")
+    parser.add_argument(
+        "settings",
+        metavar="simulator.NAME=VALUE",
+        nargs="*",
+        help="settings of habitat-sim that are not the run's own: see `navagent train --help`",
+    )
     parser.add_argument(
         "--official",
         action="store_true",
@@ -235,7 +242,8 @@ def _evaluate(arguments: Sequence[str]) -> int:
     what.add_argument("--maps", metavar="K", type=int, default=8, help="maps with the path (default: 8)")
     what.add_argument("--videos", metavar="K", type=int, default=2, help="videos (default: 2)")
     what.add_argument("--device", default="auto", help="cpu, cuda, or auto (default)")
-    values = vars(parser.parse_args(arguments))
+    values = vars(parser.parse_intermixed_args(arguments))
+    values["settings"] = tuple(values["settings"])
     if values["agents"] is None:
         values["agents"] = "run" if values["official"] else "run,random,expert"
     from navagent.evaluation.command import EvaluateOptions, evaluate_run

@@ -31,7 +31,16 @@ from navagent.build import (
     scenes_dir,
     training_device,
 )
-from navagent.config import SIMULATORS, ConfigError, SensorsConfig, TrainConfig, nearest, read_config
+from navagent.config import (
+    SIMULATORS,
+    ConfigError,
+    SensorsConfig,
+    SimulatorConfig,
+    TrainConfig,
+    load_config,
+    nearest,
+    read_config,
+)
 from navagent.distributed import Ranks, joined
 from navagent.evaluation.agents import BASELINES, Agent, PolicyAgent
 from navagent.evaluation.departures import by_scene, departures
@@ -83,6 +92,8 @@ class EvaluateOptions:
     official: bool = False
     """Whether habitat-lab's own environment and measures are asked too, see
     :mod:`navagent.evaluation.official`."""
+    settings: tuple[str, ...] = ()
+    """Settings of the simulator that are not the run's own, ``simulator.NAME=VALUE`` each."""
 
     def __post_init__(self) -> None:
         if self.episodes is not None and self.episodes < 1:
@@ -214,9 +225,27 @@ def write_evaluation(out: Path, summary: Mapping[str, Any], results: Sequence[Ep
 
 def _world(options: EvaluateOptions, own: TrainConfig) -> TrainConfig:
     """A run's settings with the device and the simulator of the options."""
-    name = options.simulator or own.simulator.name
-    simulator = dataclasses.replace(own.simulator, name=name)
+    simulator = asked_simulator(options, own, options.simulator or own.simulator.name)
     return dataclasses.replace(own, device=options.device, simulator=simulator)
+
+
+def asked_simulator(options: EvaluateOptions, own: TrainConfig, name: str) -> SimulatorConfig:
+    """A run's settings of the simulator ``name``, with those that the options give in place of its own.
+
+    Raises:
+        ConfigError: one of these is no setting of the simulator, does not fit, or means nothing to it.
+    """
+    prefix = "simulator."
+    words = [setting.partition("=")[0] for setting in options.settings]
+    for word in words:
+        if not word.startswith(prefix) or word == f"{prefix}name":
+            raise ConfigError(
+                f"{word}: only settings of habitat-sim can be given here, such as {prefix}gpu_ids=0; "
+                "--simulator chooses the simulator"
+            )
+    asked = load_config([f"simulator={name}", *options.settings]).simulator
+    given = {key: getattr(asked, key) for word in words if (key := word.removeprefix(prefix))}
+    return dataclasses.replace(own.simulator, name=name, **given)
 
 
 def as_command(options: EvaluateOptions) -> str:
@@ -224,10 +253,10 @@ def as_command(options: EvaluateOptions) -> str:
     words = ["navagent", "evaluate", options.run]
     for item in dataclasses.fields(options):
         value = getattr(options, item.name)
-        if item.name == "run" or value == item.default:
+        if item.name in ("run", "settings") or value == item.default:
             continue
         words += [f"--{item.name}"] if value is True else [f"--{item.name}", str(value)]
-    return shlex.join(words)
+    return shlex.join([*words, *options.settings])
 
 
 def parse_agents(text: str, run: Run) -> list[Contender]:

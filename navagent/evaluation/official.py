@@ -48,6 +48,7 @@ from navagent.evaluation.agents import Agent, episode_name
 from navagent.evaluation.command import (
     Contender,
     EvaluateOptions,
+    asked_simulator,
     contender_config,
     evaluate_contenders,
     evaluation_progress,
@@ -141,7 +142,8 @@ def evaluate_official(options: EvaluateOptions, console: Console, ranks: Ranks) 
         raise ConfigError(f"--official runs in one process, not in {ranks.size}: start it without torchrun")
     run = Run(options.run)
     config = dataclasses.replace(read_config(run.config_path), device=options.device)
-    gpu, scene_dataset = simulator_gpus(config, 1)[0], config.simulator.scene_dataset_config
+    asked = asked_simulator(options, config, "habitat")
+    gpu = simulator_gpus(dataclasses.replace(config, simulator=asked), 1)[0]
     # What is set beside Habitat is the built-in simulator, whichever the run was trained in.
     config = dataclasses.replace(config, simulator=SimulatorConfig())
     contenders = parse_agents(options.agents, run)
@@ -157,7 +159,7 @@ def evaluate_official(options: EvaluateOptions, console: Console, ranks: Ranks) 
         written = out / f"habitat{other}.yaml"
         found = habitat_settings(settings, file, scenes_dir, options.seed, gpu)
         _write_settings(written, found, options)
-        env = open_habitat(written, split, episodes, scene_dataset)
+        env = open_habitat(written, split, episodes, asked.scene_dataset_config)
         walks = _play_in_habitat(contender, settings, env, split, episodes, options)
         chosen = {episode.scene_id: split.scenes[episode.scene_id] for episode in episodes}
         results[contender.name] = {

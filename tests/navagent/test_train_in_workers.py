@@ -1,6 +1,7 @@
 """``simulator=habitat`` up to habitat-sim itself, in whose place the built-in simulator runs in workers."""
 
 import io
+import json
 import os
 import signal
 from dataclasses import asdict
@@ -169,5 +170,19 @@ def test_evaluation_takes_another_simulator_than_the_run_was_trained_in(trained,
     names = ("val", "val-habitat")
     here, there = (trained.path / "evaluation" / name / "episodes.jsonl" for name in names)
     assert here.read_text() == there.read_text()  # the stand-in is the built-in simulator
+    evaluate = ["evaluate", str(trained.path), "--simulator", "habitat"]
+    assert main([*evaluate, "simulator.workers=1", "--out", str(trained.path / "one"), *quiet]) == 0
+    assert (trained.path / "one" / "episodes.jsonl").read_text() == here.read_text()
+    assert "--simulator habitat" in (summary := (trained.path / "one" / "summary.json").read_text())
+    assert "simulator.workers=1" in json.loads(summary)["command"]
+    capsys.readouterr()
+    for asked, told in (
+        ([*evaluate, "env.max_steps=4"], "env.max_steps: only settings of habitat-sim can be given here"),
+        ([*evaluate, "simulator.name=raycast"], "--simulator chooses the simulator"),
+        ([*evaluate, "simulator.worker=1"], "simulator.workers"),
+        ([*evaluate[:2], "simulator.workers=1"], "means nothing with simulator=raycast"),
+    ):
+        assert main(asked) == 2
+        assert told in capsys.readouterr().err
     assert main(["evaluate", str(trained.path), "--simulator", "unity"]) == 2
     assert "--simulator unity is not one of raycast, habitat" in capsys.readouterr().err

@@ -17,9 +17,9 @@ SOFTWARE = -1
 """The number of no GPU: Mesa renders on the processor."""
 
 _ADVICE = (
-    "Install habitat-sim into the environment of this Python, or name the Python that has it "
-    "(simulator.python=FILE); docs/habitat.md says how and what its errors mean, and `navagent doctor` looks "
-    "at the installation"
+    "docs/habitat.md says what its errors mean, and `navagent doctor` looks at the installation. Where "
+    "habitat-sim is missing, install it into the environment of this Python, or name the Python that has it "
+    "(simulator.python=FILE)"
 )
 
 
@@ -123,12 +123,16 @@ class HabitatSimulator(WorkerSimulator):
 
 
 def check_habitat(
-    sensors: Sequence[SensorSpec], gpu_ids: Sequence[int] = (SOFTWARE,), python: str | None = None
+    sensors: Sequence[SensorSpec],
+    gpu_ids: Sequence[int] = (SOFTWARE,),
+    python: str | None = None,
+    scene_dataset_config: str | Path | None = None,
 ) -> None:
     """Starts habitat-sim once on each of some GPUs, without a scene.
 
     Raises:
         SimulatorError: it does not start; in its words, and with what to do.
     """
-    body = habitat_body(sensors, AgentSpec(), len(set(gpu_ids)), sorted(set(gpu_ids)), None, python)
+    gpus = sorted(set(gpu_ids))
+    body = habitat_body(sensors, AgentSpec(), len(gpus), gpus, scene_dataset_config, python)
     WorkerPool(body, sensors, 1).close()

@@ -83,6 +83,10 @@ def load_scene(path: str | Path) -> Scene:
         SceneError: if the file is missing, broken or empty, or needs something that cannot be read.
     """
     path = Path(path)
+    if path.name.endswith(".scene_instance.json"):
+        raise SceneError(
+            f"{path}: a scene made of many parts, which habitat-sim alone reads: simulator=habitat"
+        )
     document, binary = _read_container(path)
     scene = _Reader(path, document, binary).read()
     transform = _stage_transform(path)

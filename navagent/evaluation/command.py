@@ -55,6 +55,8 @@ from policies.actor_critic import NavigationPolicy
 
 DEPARTURE_MAPS = 6
 """Homes, at most, that a map shows where the agent left the expert."""
+DRAWN_SCENES = (".glb", ".gltf")
+"""Scenes that the built-in simulator reads, which draws maps and videos; habitat-sim plays in others too."""
 
 
 @dataclass(frozen=True)
@@ -170,9 +172,10 @@ def evaluate_run(
     summaries = {name: summarise(found, options.seed) for name, found in results.items()}
     shown = contenders[0]
     shown_config = config if shown.run is None else contender_config(shown.run, config)
-    pictures = _draw(results[shown.name], split, shown_config, options, out)
+    drawable = [r for r in results[shown.name] if split.scenes[r.scene_id].suffix in DRAWN_SCENES]
+    pictures = _draw(drawable, split, shown_config, options, out)
     left = departures(results[shown.name]).to_json()
-    left["homes"] = _draw_departures(results[shown.name], split, shown_config, options, out)
+    left["homes"] = _draw_departures(drawable, split, shown_config, options, out)
     first, *others = results.values()
     summary = what_was_evaluated(options, config, name, episodes, checkpoints) | {
         "simulator": config.simulator.name,
@@ -189,6 +192,8 @@ def evaluate_run(
     write_evaluation(out, summary, [result for found in results.values() for result in found])
     title = f"{run.path.name} on {name}: {len(episodes)} episodes in {len(scenes)} scenes"
     console.print(results_table(summaries, title, console.width))
+    if len(drawable) < len(results[shown.name]):
+        console.print("pictures only of scenes that are one .glb file: the built-in simulator draws them")
     report = write_report(run)
     console.print(f"results  {out}\nreport   {report}", soft_wrap=True)
     return out

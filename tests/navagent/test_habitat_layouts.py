@@ -184,6 +184,36 @@ def test_evaluations_find_generated_homes(homes, tmp_path):
     assert_alike(here, there, episodes, f"scenes/{home.stem}/{home.name}")
 
 
+def test_scenes_made_of_parts_are_played_in_and_not_drawn(homes, tmp_path, capsys):
+    home, episodes = only_home(homes, "val")
+    folder, here = tmp_path / "set", "set/home.scene_instance.json"
+    folder.mkdir()
+    for suffix in (".glb", ".stage_config.json", ".navmesh"):
+        shutil.copyfile(home.with_suffix(suffix), folder / home.with_suffix(suffix).name)
+    files = {
+        here: {"stage_instance": {"template_name": home.stem}, "navmesh_instance": "floor"},
+        "set/set.scene_dataset_config.json": {
+            "stages": {"paths": {".json": ["*.stage_config.json"]}},
+            "scene_instances": {"paths": {".json": ["*.scene_instance.json"]}},
+            "navmesh_instances": {"floor": f"{home.stem}.navmesh"},
+        },
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    file = tmp_path / "episodes" / "val" / "val.json.gz"
+    write_dataset([dataclasses.replace(episode, scene_id=here) for episode in episodes], file)
+    run = write_run(tmp_path / "run", f"scenes.dataset={homes}")
+    asked = ["evaluate", str(run.path), "--dataset", str(file), "--scenes", str(tmp_path), "--device", "cpu"]
+    asked += ["--agents", "expert", "--maps", "1", "--videos", "0", "--out", str(tmp_path / "out")]
+    config = f"simulator.scene_dataset_config={folder / 'set.scene_dataset_config.json'}"
+    assert main([*asked, "--simulator", "habitat", config, "simulator.workers=1", *HABITAT]) == 0
+    assert "pictures only of scenes that are one .glb file" in capsys.readouterr().out
+    played = [json.loads(line) for line in (tmp_path / "out" / "episodes.jsonl").read_text().splitlines()]
+    assert len(played) == len(episodes) and all(each["success"] for each in played)
+    assert main(asked) == 2
+    assert "simulator=habitat" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["hm3d", "generated"])
 def test_agents_train_in_a_data_set(homes, tmp_path, name):
     asked = [f"scenes.dataset={homes}"]

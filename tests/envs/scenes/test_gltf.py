@@ -630,6 +630,13 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
         load_scene(tmp_path)
 
 
+def test_a_scene_made_of_parts_is_left_to_habitat_sim(tmp_path):
+    path = tmp_path / "home.scene_instance.json"
+    path.write_text('{"stage_instance": {"template_name": "home"}}')
+    with pytest.raises(SceneError, match=r"home\.scene_instance\.json: .* simulator=habitat"):
+        load_scene(path)
+
+
 def test_a_million_triangles_load_whole(glb):
     side = 708
     grid = np.stack(np.meshgrid(np.arange(side), np.arange(side), indexing="ij"), axis=-1).reshape(-1, 2)

@@ -21,8 +21,6 @@ _TYPES = {
     "depth": habitat_sim.SensorType.DEPTH,
     "instance": habitat_sim.SensorType.SEMANTIC,
 }
-_NO_MAP = "flat-scenes-need-no-environment.hdr"
-"""The name of no file; habitat-sim grumbles about it on standard error."""
 
 
 def sensor_specification(sensor: dict[str, Any]) -> Any:
@@ -91,7 +89,7 @@ def simulator_of(scene: str, settings: dict[str, Any]) -> Any:
     wanted = configuration(scene, settings)
     if not any(sensor["kind"] == "rgb" for sensor in settings["sensors"]):
         return habitat_sim.Simulator(wanted)
-    wanted.metadata_mediator = _without_environment(wanted.sim_cfg)
+    wanted.metadata_mediator = without_environment(wanted.sim_cfg, settings["no_map"])
     simulator = habitat_sim.Simulator(wanted)
     if _is_flat(simulator):
         return simulator
@@ -106,13 +104,13 @@ def _is_flat(simulator: Any) -> bool:
     return not objects and simulator.get_stage_initialization_template().force_flat_shading
 
 
-def _without_environment(simulator_configuration: Any) -> Any:
-    """habitat-sim's knowledge of its files, with an environment map that is not there."""
+def without_environment(simulator_configuration: Any, no_map: str) -> Any:
+    """habitat-sim's knowledge of its files, with an environment map that is not there, by the name of it."""
     with tempfile.TemporaryDirectory() as folder:
         # The one place where habitat-sim looks for this setting is relative to where the process is.
         os.mkdir(os.path.join(folder, "data"))
         with open(os.path.join(folder, "data", "default.pbr_config.json"), "w") as file:
-            json.dump({"ibl_envmap_filename": _NO_MAP}, file)
+            json.dump({"ibl_envmap_filename": no_map}, file)
         before = os.open(".", os.O_RDONLY)
         os.chdir(folder)
         try:

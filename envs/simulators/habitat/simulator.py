@@ -13,12 +13,15 @@ from envs.simulators.base import AgentSpec, SensorSpec
 from envs.simulators.workers.pool import Body, WorkerPool
 from envs.simulators.workers.simulator import WorkerSimulator
 
+NO_MAP = "flat-scenes-need-no-environment.hdr"
+"""The name of no file: see :func:`envs.simulators.habitat.body.simulator_of`."""
 SOFTWARE = -1
 """The number of no GPU: Mesa renders on the processor."""
 
 _ADVICE = (
     "docs/habitat.md says what its errors mean, and `navagent doctor` looks at the installation. Where "
-    "habitat-sim is missing, install it into the environment of this Python, or name the Python that has it "
+    "memory runs out, use fewer simulator.workers or simulator.resident_scenes. Where habitat-sim is "
+    "missing, install it into the environment of this Python, or name the Python that has it "
     "(simulator.python=FILE)"
 )
 
@@ -58,6 +61,7 @@ def habitat_body(
         "sensors": [asdict(s) for s in sensors],
         "agent": asdict(agent),
         "scene_dataset_config": dataset,
+        "no_map": NO_MAP,
     }
     cores = usable_cores()
     environment = {
@@ -73,7 +77,9 @@ def habitat_body(
     file = Path(__file__).with_name("body.py")
     # habitat-sim takes PyTorch where it is, which costs each worker seconds and 200 MB for nothing.
     hidden = ["torch"]
-    return Body("habitat-sim", file, "HabitatBody", settings, environment, python, _ADVICE, hidden)
+    # It complains of the file that is not there, and of each scene that has no semantic annotations.
+    grumbles = [NO_MAP, "SSD Load Failure"]
+    return Body("habitat-sim", file, "HabitatBody", settings, environment, python, _ADVICE, hidden, grumbles)
 
 
 class HabitatSimulator(WorkerSimulator):

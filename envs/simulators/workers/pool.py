@@ -56,9 +56,11 @@ class Body:
     python: str | None = None
     """The Python that runs them; the one that runs this if None."""
     advice: str = ""
-    """What to do where none starts."""
+    """What to do where they do not start, or die too often."""
     hidden: Sequence[str] = ()
     """Modules that the workers can do without, and would load if they found them."""
+    grumbles: Sequence[str] = ()
+    """What is in lines that mean nothing, and are left out of a worker's last words."""
 
 
 @dataclass
@@ -82,6 +84,8 @@ class _Worker:
     """The beginning of an answer that is still coming."""
     deaths: int = 0
     """How often it died since its last answer."""
+    silence: float = 0.0
+    """Seconds without an answer after which it was killed here; 0 if it was not."""
 
 
 class WorkerPool:
@@ -124,8 +128,7 @@ class WorkerPool:
                 self._workers.append(self._start(number))
             for worker in self._workers:
                 if not self._ready(worker):
-                    advice = f". {body.advice}" if body.advice else ""
-                    raise SimulatorError(f"{self._obituary(worker)}{advice}")
+                    raise SimulatorError(f"{self._obituary(worker)}{self._advice()}")
         except BaseException:
             self.close()
             raise
@@ -267,6 +270,7 @@ class WorkerPool:
             worker.connection.close()
             os.close(worker.said)
             worker.process, worker.connection, worker.said = fresh.process, fresh.connection, fresh.said
+            worker.silence = 0.0
             worker.received.clear()
             unanswered = worker.pending
             worker.pending = {0: b""}
@@ -287,12 +291,12 @@ class WorkerPool:
         """Counts a death and reports it; raises where it was one too many."""
         too_many = ""
         if worker.deaths >= SAME_REQUEST:
-            too_many = f"it died {worker.deaths} times in a row over the same request"
+            too_many = f"it died {worker.deaths} times in a row without an answer"
         elif self.restarts >= self.max_restarts:
             too_many = f"that was done {self.restarts} times, as often as is allowed"
         if too_many:
             self.close()
-            raise SimulatorError(f"{death}. It is not started again: {too_many}")
+            raise SimulatorError(f"{death}. It is not started again: {too_many}{self._advice()}")
         self.restarts += 1
         warnings.warn(
             f"{death}. Started again ({self.restarts} of at most {self.max_restarts} times); its agents go "
@@ -307,7 +311,7 @@ class WorkerPool:
         poll.register(worker.connection, select.POLLIN)
         while not self._parse(worker):
             if not poll.poll(1000 * patience):
-                os.write(worker.said, f"\nno answer for {patience:g} s, so it was ended".encode())
+                worker.silence = patience
                 worker.process.kill()
                 return False
             try:
@@ -346,11 +350,13 @@ class WorkerPool:
         except subprocess.TimeoutExpired:
             worker.process.kill()
             status = worker.process.wait()
-        words = last_words(worker.said)
+        how = f"gave no answer for {worker.silence:g} s and was ended" if worker.silence else ending(status)
+        words = last_words(worker.said, self.body.grumbles)
         told = f": {words}" if words else ", without a word"
-        return (
-            f"{self.body.name} worker {worker.number} (process {worker.process.pid}) {ending(status)}{told}"
-        )
+        return f"{self.body.name} worker {worker.number} (process {worker.process.pid}) {how}{told}"
+
+    def _advice(self) -> str:
+        return f". {self.body.advice}" if self.body.advice else ""
 
 
 def ending(status: int) -> str:
@@ -365,8 +371,11 @@ def ending(status: int) -> str:
     return f"was killed by {name}{hints.get(name, '')}"
 
 
-def last_words(said: int) -> str:
-    """The end of what a process wrote to a file descriptor; of an error in Python, where and which it was."""
+def last_words(said: int, grumbles: Sequence[str] = ()) -> str:
+    """The end of what a process wrote to a file descriptor; of an error in Python, where and which it was.
+
+    Lines that hold one of ``grumbles`` are left out.
+    """
     size = os.fstat(said).st_size
     text = os.pread(said, 1 << 14, max(0, size - (1 << 14))).decode(errors="replace")
     text, _, trace = text.partition("\nCurrent thread")
@@ -376,6 +385,7 @@ def last_words(said: int) -> str:
         # Lines of the trace itself are indented.
         text = "\n".join(line for line in raised.splitlines() if not line.startswith(" ")) or before
     lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line for line in lines if not any(grumble in line for grumble in grumbles)]
     if place is not None:
         lines.append(f"in {place[3]}, {place[1]}:{place[2]}")
     return " | ".join(lines[-4:])

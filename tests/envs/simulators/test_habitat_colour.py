@@ -17,7 +17,7 @@ from envs.simulators.habitat import HabitatSimulator, habitat_body
 
 habitat_sim = pytest.importorskip("habitat_sim", reason="habitat_sim is not installed", exc_type=ImportError)
 
-from envs.simulators.habitat.body import configuration, simulator_of  # noqa: E402
+from envs.simulators.habitat.body import configuration, simulator_of, without_environment  # noqa: E402
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -116,8 +116,6 @@ def lit(reference_dir, tmp_path_factory):
 @pytest.mark.parametrize("scene", ["bright", "furnished"])
 def test_scenes_with_lamps_or_objects_get_their_environment(lit, scene):
     """Its light is in the picture: a simulator without it would give another one."""
-    from envs.simulators.habitat import body
-
     dataset = lit / "set.scene_dataset_config.json"
     settings = dict(habitat_body(CAMERAS, AgentSpec(), 1, scene_dataset_config=dataset).settings[0])
     path = str(lit / f"{scene}.scene_instance.json")
@@ -126,7 +124,7 @@ def test_scenes_with_lamps_or_objects_get_their_environment(lit, scene):
     expected = seen(plain, *poses)
     plain.close()
     without = configuration(path, settings)
-    without.metadata_mediator = body._without_environment(without.sim_cfg)
+    without.metadata_mediator = without_environment(without.sim_cfg, settings["no_map"])
     dark = habitat_sim.Simulator(without)
     assert np.any(seen(dark, *poses)["rgb"] != expected["rgb"])
     dark.close()

@@ -1,5 +1,7 @@
 """Simulators in worker processes: equal to those in this one, whatever dies."""
 
+import contextlib
+import dataclasses
 import gc
 import os
 import re
@@ -23,7 +25,7 @@ from envs.scenes.scene import SceneError
 from envs.simulators.base import Action, AgentSpec, SensorSpec, SimulatorError
 from envs.simulators.raycast import RaycastSimulator
 from envs.simulators.workers import child
-from envs.simulators.workers.pool import Body, WorkerDiedWarning, ending
+from envs.simulators.workers.pool import Body, WorkerDiedWarning, ending, last_words
 from envs.simulators.workers.simulator import WorkerSimulator
 
 BODIES = Path(__file__).with_name("worker_bodies.py")
@@ -257,7 +259,7 @@ def test_a_request_that_always_kills_is_given_up(flat):
     place(simulator, 0.0)
     with (
         pytest.warns(WorkerDiedWarning),
-        pytest.raises(SimulatorError, match="3 times in a row over the same request"),
+        pytest.raises(SimulatorError, match="3 times in a row without an answer"),
     ):
         simulator.render()
 
@@ -265,7 +267,7 @@ def test_a_request_that_always_kills_is_given_up(flat):
 def test_a_worker_that_does_not_answer_is_ended(flat, monkeypatch):
     monkeypatch.setattr("envs.simulators.workers.pool.PATIENCE", 0.3)
     simulator = flat("sleep@ask", num_agents=1, workers=1)
-    with pytest.warns(WorkerDiedWarning, match=r"no answer for 0\.3 s"):
+    with pytest.warns(WorkerDiedWarning, match=r"\) gave no answer for 0\.3 s and was ended"):
         simulator.paths.snap(torch.tensor([0]), torch.zeros(1, 3))
 
 
@@ -365,6 +367,30 @@ def test_images_of_different_sensors_share_no_byte():
         assert offset >= ends and offset % 64 == 0 and shape[:3] == (7, 3, 5)
         ends = offset + int(np.prod(shape)) * np.dtype(kind).itemsize
     assert ends <= length
+
+
+def test_lines_that_mean_nothing_are_no_last_words(tmp_path):
+    (tmp_path / "said").write_text("loading\nno such lamp.hdr\ncannot open lamp.hdr\nFatal error: dark\n")
+    with (tmp_path / "said").open() as said:
+        assert last_words(said.fileno(), ["lamp.hdr"]) == "loading | Fatal error: dark"
+
+
+@pytest.mark.parametrize("when", ["drawing", "starting"])
+def test_what_to_do_is_said_where_workers_die_too_often(rooms, when):
+    scene = rooms("always-kill@draw" if when == "drawing" else "")
+    body = dataclasses.replace(flat_body(1), advice="Buy a lamp")
+    with contextlib.closing(WorkerSimulator(scene, 1, [DEPTH], body)) as simulator:
+        place(simulator, 0.0)
+        if when == "starting":
+            simulator.render()
+            os.kill(simulator.process_ids[0], signal.SIGKILL)
+            # From now on none starts.
+            simulator._pool.body = dataclasses.replace(body, settings=[{"mute": True}])
+            place(simulator, 1.0)
+        how = "SIGKILL" if when == "drawing" else "ended with status 3, without a word"
+        told = rf"{how}.* 3 times in a row without an answer\. Buy a lamp"
+        with pytest.warns(WorkerDiedWarning), pytest.raises(SimulatorError, match=told):
+            simulator.render()
 
 
 @pytest.mark.parametrize(

@@ -1060,6 +1060,24 @@ def _check_meant(config: TrainConfig, named: Mapping[str, str]) -> None:
             raise ConfigError(f"{name}={as_typed(now[name])} means nothing with {choice}; leave it out")
 
 
+def check_named(overrides: Sequence[str], meant: Sequence[str], because: str) -> None:
+    """Refuses settings that a command line names and that its command does not look at.
+
+    Args:
+        overrides: as typed; those that are no settings at all are for :func:`load_config` to refuse.
+        meant: settings, or whole groups, that mean something.
+        because: why the others do not, for the message.
+
+    Raises:
+        ConfigError: for the first that means nothing.
+    """
+    known = {*GROUPS, *(leaf.name for leaf in settings())}
+    for override in overrides:
+        name = override.partition("=")[0].strip()
+        if name in known and not {name, name.partition(".")[0]} & set(meant):
+            raise ConfigError(f"{override}: {because}; settings that mean something are {', '.join(meant)}")
+
+
 def adaptation_settings(config: AdaptationConfig) -> dict[str, Any]:
     """The method's name and all of its settings, defaults included."""
     from policies.adaptation.options import method_options

@@ -6,10 +6,12 @@ Nothing heavy is imported before an action needs it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +77,7 @@ def _record(arguments: Sequence[str]) -> int:
         """,
     )
     parser.add_argument("file", metavar="FILE", help="file to make, or to go on with")
-    _settings(parser, "scenes.*, env.* and, for the keyboard, sensors.*")
+    _settings(parser, "scenes.*, env.*, simulator.*, experiment and, for the keyboard, sensors.*")
     parser.add_argument(
         "--agent",
         default="expert",
@@ -109,18 +111,38 @@ def _record(arguments: Sequence[str]) -> int:
     for name, least in (("seed", 0), ("num_envs", 1)):
         if getattr(options, name) < least:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least {least}")
-    from navagent.demonstrations.recording import RecordOptions, record_demonstrations
+    from navagent.demonstrations.recording import KEYBOARD, RecordOptions, record_demonstrations
     from navagent.progress import counting
 
     values = vars(options)
     number = None if options.number == "all" else int(options.number)
-    with counting("recording") as progress:
+    # A person's display tells how many are done, and a bar would draw over it.
+    shown = contextlib.nullcontext() if options.agent == KEYBOARD else counting("recording")
+    with _stoppable(options.file), shown as progress:
         path, wanted, held = record_demonstrations(
             RecordOptions(**{**values, "number": number, "settings": tuple(options.settings)}), progress
         )
     rest = "" if held >= wanted else f" of {wanted}; the same command goes on"
     print(f"{path}: {held} demonstrations{rest}")
     return 0
+
+
+@contextlib.contextmanager
+def _stoppable(file: str) -> Iterator[None]:
+    """Within the block, Ctrl-C, SIGTERM and SIGUSR1 end a recording, and it is said what is kept of it."""
+    from navagent.demonstrations.recorded import read_demonstrations
+    from navagent.preemption import Stopped, StopSignals
+
+    try:
+        with StopSignals(lambda text: print(text, file=sys.stderr)):
+            yield
+    except (KeyboardInterrupt, Stopped):
+        kept = "nothing is recorded yet"
+        if Path(file).is_file():
+            demonstrations = read_demonstrations(file)
+            kept = f"{len(demonstrations)} demonstrations of {demonstrations.header.wanted}"
+        print(f"{file}: {kept}; the same command goes on", file=sys.stderr)
+        raise
 
 
 def _info(arguments: Sequence[str]) -> int:
@@ -200,7 +222,7 @@ def _replay(arguments: Sequence[str]) -> int:
         """,
     )
     parser.add_argument("file", metavar="FILE", help="file of demonstrations")
-    _settings(parser, "sensors.*, device, num_threads (default: no cameras)")
+    _settings(parser, "sensors.*, noise of cameras, simulator.*, device, num_threads (default: no cameras)")
     _where(parser)
     parser.add_argument(
         "--num-envs", metavar="N", type=int, default=32, help="agents side by side (default: 32)"
@@ -246,7 +268,7 @@ def _export(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("file", metavar="FILE", help="file of demonstrations")
     parser.add_argument("dataset_id", metavar="DATASET", help="Minari's name for it, (NAMESPACE/)NAME-vN")
-    _settings(parser, "sensors.*, env.*_noise of cameras, device")
+    _settings(parser, "sensors.*, noise of cameras, simulator.*, device, num_threads")
     _where(parser)
     parser.add_argument(
         "--num-envs", metavar="N", type=int, default=16, help="agents side by side (default: 16)"
@@ -288,6 +310,9 @@ def _import(arguments: Sequence[str]) -> int:
     return 0
 
 
+OF_REPLAYS = ("sensors", "env.rgb_noise", "env.depth_noise", "simulator", "device", "num_threads")
+"""Settings that decide what is perceived in a replay, and where it is computed."""
+
 ACTIONS: dict[str, Callable[[Sequence[str]], int]] = {
     "record": _record,
     "info": _info,
@@ -309,12 +334,18 @@ def _where(parser: argparse.ArgumentParser) -> None:
 
 def _start(options: argparse.Namespace, settings: Sequence[str]) -> Replay:
     """A replay of the whole file with the sensors of the settings, in the recording's scenes."""
-    from navagent.config import ConfigError, load_config
+    from navagent.config import ConfigError, check_named, load_config
     from navagent.demonstrations.open import start_replay
     from navagent.demonstrations.recorded import read_demonstrations
 
     if options.num_envs < 1:
         raise ConfigError(f"--num-envs {options.num_envs} must be at least 1")
+    check_named(
+        settings,
+        OF_REPLAYS,
+        "a replay has the rules and the body of the recording, and its scenes unless --dataset or --scenes "
+        "says where they are",
+    )
     demonstrations = read_demonstrations(options.file)
     config = in_its_scenes(load_config(settings), demonstrations.header, options.dataset, options.scenes)
     tolerance = getattr(options, "tolerance", 0.0)

@@ -33,7 +33,7 @@ KEYS: dict[str, Action] = {
 }
 """What keys do."""
 START_OVER, LEAVE = "r", ("q", "escape", "")
-HELP = "w/up forward   a/left d/right turn   space stop at the goal   r start over   q leave"
+HELP = "w a d or arrows   space stop   r start over   q leave"
 
 _ARROWS = {"A": "up", "B": "down", "C": "right", "D": "left"}
 _NAMES = {"\r": "enter", "\n": "enter", "\x1b": "escape", "\x03": "q", "\x04": "q"}
@@ -66,6 +66,7 @@ class TerminalDisplay:
         # A character is about twice as high as wide, so that half of one is a square pixel.
         width = max(32, min(columns, 160, (lines - 2) * 8 // 3))
         self.size = (width * 3 // 4 // 2 * 2, width)
+        self._columns = columns
         self._input = sys.stdin.fileno()
         self._before = termios.tcgetattr(self._input)
         tty.setcbreak(self._input)
@@ -74,7 +75,9 @@ class TerminalDisplay:
 
     def show(self, image: NDArray[np.uint8], text: str) -> None:
         """See :class:`Display`."""
-        self._write("\x1b[H" + half_blocks(image) + f"\x1b[0m{text}\x1b[K\r\n{HELP}\x1b[K")
+        # A line that the terminal breaks would push the picture up.
+        below = (line[: self._columns - 1] for line in (text, HELP))
+        self._write("\x1b[H" + half_blocks(image) + "\x1b[0m" + "\x1b[K\r\n".join(below) + "\x1b[K")
 
     def key(self) -> str:
         """See :class:`Display`."""

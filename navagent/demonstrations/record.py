@@ -115,7 +115,8 @@ def record(
         source: where the demonstrations come from, for the file.
         make_agent: the agent, for the environment that it will act in.
         number: how many demonstrations the file shall hold.
-        part: demonstrations a part; four an agent if None.
+        part: demonstrations a part; four an agent if None. With one, which a person plays, each is saved as
+            soon as it is done.
         progress: called with the demonstrations that are done and all.
 
     Returns:
@@ -152,6 +153,8 @@ def record(
     sampler = PartSampler(planned, num_envs, scenes)
     env = sampled_env(config, sampler, AutoresetMode.NEXT_STEP)
     seed_motion(env, np.array([demonstration_seed(source.seed, n) for n in range(number)]))
+    # What a person did is not done again by itself.
+    pause = 0.0 if part == 1 else _SECONDS_BETWEEN_SAVES
     part = part or _PART * source.num_envs
     saved, saved_at = len(done), time.monotonic()
     try:
@@ -170,7 +173,7 @@ def record(
                         waiting = []
                     if progress is not None:
                         progress(len(done) + len(waiting), number)
-                    if len(done) > saved and time.monotonic() - saved_at > _SECONDS_BETWEEN_SAVES:
+                    if len(done) > saved and time.monotonic() - saved_at >= pause:
                         DemonstrationSet.of(header, done).save(path)
                         saved, saved_at = len(done), time.monotonic()
     except LeaveError:

@@ -391,6 +391,11 @@ def read_demonstrations(path: str | Path) -> DemonstrationSet:
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
+    if path.is_dir():
+        raise DemonstrationError(
+            f"{path}: a folder; expected a file that `navagent demos record` made. Only `imitation.demos=` "
+            "takes folders, those of `navagent demos import`"
+        )
     if not path.is_file():
         raise DemonstrationError(
             f"{path}: there is no such file of demonstrations; `navagent demos record {path}` makes one"

@@ -11,7 +11,15 @@ from typing import Literal
 from envs.vector_env import PointNavVectorEnv
 from navagent.arguments import nearest
 from navagent.build import check_simulator, load_split
-from navagent.config import ConfigError, ScenesConfig, SensorsConfig, TrainConfig, load_config, read_config
+from navagent.config import (
+    ConfigError,
+    ScenesConfig,
+    SensorsConfig,
+    TrainConfig,
+    check_named,
+    load_config,
+    read_config,
+)
 from navagent.demonstrations.keyboard import Display, KeyboardAgent, open_display
 from navagent.demonstrations.record import record
 from navagent.demonstrations.recorded import Source
@@ -21,6 +29,9 @@ from navagent.runs import Run
 from policies.weights import sha256
 
 EXPERT, KEYBOARD = "expert", "keyboard"
+
+WORLD = ("scenes", "simulator", "env", "experiment", "device", "num_threads")
+"""Settings that decide what is recorded of the expert."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,8 @@ def record_demonstrations(
         DemonstrationError, ConfigError, RunError: something does not fit; see there.
     """
     run = _run(options)
-    config = load_config(options.settings) if run is None else _config_of(run, options.settings)
+    _check_options(options, run)
+    config = _config_of(run, options.settings) if run is not None else _config_for(options)
     check_simulator(config)
     split = load_split(config, options.split or config.scenes.train_split)
     number = len(split.episodes) if options.number is None else options.number
@@ -135,25 +147,48 @@ def _run(options: RecordOptions) -> Run | None:
     return Run(options.agent)
 
 
+def _check_options(options: RecordOptions, run: Run | None) -> None:
+    """Refuses options that are another agent's."""
+    if run is None and (options.deterministic or options.checkpoint != RecordOptions.checkpoint):
+        raise ConfigError(
+            f"--checkpoint and --deterministic are for a trained agent, not for --agent {options.agent}: "
+            "leave them out, or give the folder of a run"
+        )
+    if options.agent != KEYBOARD and options.display != RecordOptions.display:
+        raise ConfigError(f"--display {options.display} is for --agent keyboard: leave it out")
+
+
+def _config_for(options: RecordOptions) -> TrainConfig:
+    """The settings of a world in which the expert or a person acts."""
+    keyboard = options.agent == KEYBOARD
+    check_named(
+        options.settings,
+        (*WORLD, "sensors") if keyboard else WORLD,
+        f"a recording of {'a person' if keyboard else 'the expert'} does not depend on it (--seed is of "
+        "order, noise and drawn actions)",
+    )
+    return load_config(options.settings)
+
+
 def _config_of(run: Run, settings: tuple[str, ...]) -> TrainConfig:
     """The settings of a run's agent, in the scenes that the command line asks for."""
     config = read_config(run.config_path)
-    if other := [
-        word for word in settings if not word.startswith(("scenes.", "scenes=", "device=", "num_threads="))
-    ]:
-        raise ConfigError(
-            f"{' '.join(other)}: a trained agent keeps its senses, body and task; with --agent RUN only "
-            "scenes.*, device and num_threads can be set"
-        )
+    check_named(
+        settings, ("scenes", "device", "num_threads"), "a trained agent keeps its senses, body and task"
+    )
     if not settings:
         return config
     asked = load_config(settings)
-    there = any(word.startswith("scenes") for word in settings)
+    names = {word.partition("=")[0].strip() for word in settings}
+    scenes = asked.scenes
+    if "scenes" not in names:
+        own = {item.name for item in dataclasses.fields(scenes) if f"scenes.{item.name}" in names}
+        scenes = dataclasses.replace(config.scenes, **{name: getattr(scenes, name) for name in own})
     return dataclasses.replace(
         config,
-        scenes=asked.scenes if there else config.scenes,
-        device=asked.device,
-        num_threads=asked.num_threads,
+        scenes=scenes,
+        device=asked.device if "device" in names else config.device,
+        num_threads=asked.num_threads if "num_threads" in names else config.num_threads,
     )
 
 

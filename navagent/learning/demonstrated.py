@@ -104,7 +104,10 @@ def demonstrations_of(config: TrainConfig) -> Path:
     imitation = config.imitation
     if imitation.demos is not None:
         return Path(imitation.demos).expanduser()
-    key = hashlib.sha256("\n".join(_world(config)).encode()).hexdigest()[:16]
+    world = ["scenes", "env"]
+    if config.simulator.name != "raycast":
+        world += ["simulator.name", "simulator.scene_dataset_config"]
+    key = hashlib.sha256("\n".join(_typed(config, *world)).encode()).hexdigest()[:16]
     path = cache_dir() / "demonstrations" / f"expert-{key}.demos"
     record_expert(config, path, imitation.num_demos or OWN_DEMONSTRATIONS)
     return path
@@ -127,17 +130,20 @@ def record_expert(
     if path.exists() and len(found := read_demonstrations(path)) >= number:
         return found
     path.parent.mkdir(parents=True, exist_ok=True)
-    work = (*_world(config), f"device={config.device}", f"num_threads={config.num_threads}")
-    record_demonstrations(RecordOptions(str(path), work, number=number), progress)
+    work = ["scenes", "env", "device", "num_threads"]
+    if config.simulator.name != "raycast":
+        # What is replayed in another simulator goes elsewhere.
+        work.append("simulator")
+    record_demonstrations(RecordOptions(str(path), tuple(_typed(config, *work)), number=number), progress)
     return read_demonstrations(path)
 
 
-def _world(config: TrainConfig) -> list[str]:
-    """The settings that decide what the expert does, as they are typed."""
+def _typed(config: TrainConfig, *names: str) -> list[str]:
+    """Settings, or those of whole groups, as they are typed."""
     return [
         f"{name}={as_typed(value)}"
         for name, value in flatten(config).items()
-        if name.partition(".")[0] in ("scenes", "env")
+        if {name, name.partition(".")[0]} & set(names)
     ]
 
 

@@ -1,7 +1,14 @@
 """``navagent demos`` as it is typed, and a person at the keyboard."""
 
+import contextlib
 import io
 import json
+import os
+import pty
+import signal
+import termios
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -95,6 +102,11 @@ def test_a_trained_agent_is_recorded_in_its_own_world(room, tmp_path, capsys):
     capsys.readouterr()
     assert main([*arguments, "--number", "4", "env.max_steps=20"]) == 2
     assert "a trained agent keeps its senses, body and task" in capsys.readouterr().err
+    # Only what is named of the scenes is another: the data set stays the run's.
+    other = ["demos", "record", str(tmp_path / "val.demos"), "--agent", str(run), "--number", "2"]
+    assert main([*other, "scenes.train_split=val"]) == 0
+    source = read_demonstrations(tmp_path / "val.demos").header.source
+    assert (source.split, source.dataset) == ("val", str(room))
 
 
 def make_run(folder, settings):
@@ -122,7 +134,20 @@ def make_run(folder, settings):
         (["demos", "record", "x.demos", "--num-envs", "0"], "--num-envs 0 must be at least 1"),
         (["demos", "record", "x.demos", "--agent", "exprt"], "did you mean 'expert'?"),
         (["demos", "record", "x.demos", "env.turn_angel_deg=30"], "did you mean 'env.turn_angle_deg'?"),
+        (["demos", "record", "x.demos", "sensors=depth"], "the expert does not depend on it"),
+        (["demos", "record", "x.demos", "seed=1"], "--seed is of order"),
+        (["demos", "record", "x.demos", "--agent", "keyboard", "seed=1"], "a person does not depend on it"),
+        (
+            ["demos", "record", "x.demos", "--deterministic"],
+            "are for a trained agent, not for --agent expert",
+        ),
+        (["demos", "record", "x.demos", "--checkpoint", "latest"], "or give the folder of a run"),
+        (["demos", "record", "x.demos", "--display", "window"], "--display window is for --agent keyboard"),
         (["demos", "info", "none.demos"], "navagent demos record none.demos"),
+        (["demos", "info", "."], "a folder; expected a file that `navagent demos record` made"),
+        (["demos", "replay", "x.demos", "env.turn_angle_deg=30"], "the rules and the body of the recording"),
+        (["demos", "replay", "x.demos", "scenes.num=3"], "unless --dataset or --scenes says where"),
+        (["demos", "export", "x.demos", "a-v0", "algorithm.num_envs=3"], "sensors, env.rgb_noise,"),
         (["demos", "replay", "none.demos", "--tolerence", "1"], "did you mean --tolerance?"),
     ],
 )
@@ -208,6 +233,117 @@ def test_who_leaves_at_once_leaves_nothing(room, tmp_path):
     assert held == 0 and not (tmp_path / "mine.demos").exists()
 
 
+class Terminal:
+    """A terminal as standard input, output and error, on which a person types."""
+
+    def __init__(self, monkeypatch, keys):
+        self._outside, inside = pty.openpty()
+        self._inside = os.fdopen(inside, "r+b", buffering=0)
+        self.written = b""
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+        writer = io.TextIOWrapper(self._inside, write_through=True)
+        for name in ("stdin", "stdout", "stderr"):
+            monkeypatch.setattr(f"sys.{name}", writer)
+        monkeypatch.setenv("TERM", "xterm")
+        threading.Thread(target=self._type, args=(keys.encode(),), daemon=True).start()
+
+    def _type(self, keys):
+        # What is typed before a program takes single keys is dropped.
+        self.wait_for(b"goal")
+        os.write(self._outside, keys)
+
+    def settings(self):
+        return termios.tcgetattr(self._inside.fileno())
+
+    def wait_for(self, text):
+        until = time.monotonic() + 60
+        while text not in self.written and time.monotonic() < until:
+            time.sleep(0.01)
+
+    def _read(self):
+        with contextlib.suppress(OSError):
+            while data := os.read(self._outside, 1 << 16):
+                self.written += data
+
+    def close(self):
+        self._inside.close()
+        self._thread.join()
+        os.close(self._outside)
+
+
+def test_in_a_terminal_nothing_is_drawn_over_what_a_person_sees(room, tmp_path, monkeypatch):
+    path = tmp_path / "mine.demos"
+    monkeypatch.setattr(keyboard, "windows_work", lambda: False)
+    monkeypatch.setenv("COLUMNS", "40")
+    with monkeypatch.context() as patch:
+        terminal = Terminal(patch, "w d q")
+        before = terminal.settings()
+        assert main(["demos", "record", str(path), "--agent", "keyboard", "--number", "5", *world(room)]) == 0
+        assert terminal.settings() == before
+        terminal.wait_for(b"goes on")
+        terminal.close()
+    said = terminal.written.decode().replace("\r", "")
+    screen, left = said.split("\x1b[?1049h")[1].split("\x1b[?1049l")
+    frames = screen.split("\x1b[H")[1:]
+    # Per key one frame of as many lines, each as long as the terminal is wide at most, and nothing else.
+    rows = {frame.count("\n") for frame in frames}
+    assert len(frames) == 5 and len(rows) == 1
+    below = [line for frame in frames for line in frame.split("\n")[-2:]]
+    assert all(len(line.replace("\x1b[0m", "").partition("\x1b[K")[0]) < 40 for line in below)
+    assert "recording" not in said
+    assert left == f"{path}: 2 demonstrations of 5; the same command goes on\n"
+
+
+def test_what_a_person_has_done_survives_a_signal_and_the_terminal_too(room, tmp_path, monkeypatch):
+    path = tmp_path / "mine.demos"
+    monkeypatch.setattr(keyboard, "windows_work", lambda: False)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+        terminal = Terminal(patch, "w w")
+        before = terminal.settings()
+
+        def end():
+            terminal.wait_for(b"2 of 5: ")
+            # It is there before anything ends.
+            assert len(read_demonstrations(path)) == 1
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=end, daemon=True).start()
+        main(["demos", "record", str(path), "--agent", "keyboard", "--number", "5", *world(room)])
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert terminal.settings() == before
+    terminal.wait_for(b"goes on")
+    terminal.close()
+    assert "1 demonstrations of 5; the same command goes on" in terminal.written.decode()
+    assert terminal.written.count(b"\x1b[?1049l") == 1
+    assert read_demonstrations(path).actions(0).tolist() == [Action.MOVE_FORWARD, Action.STOP]
+
+
+def test_an_interrupted_recording_says_what_it_kept(room, tmp_path, capsys, monkeypatch):
+    from navagent.evaluation.agents import ExpertAgent
+
+    path, acted = tmp_path / "a.demos", []
+    original = ExpertAgent.act
+
+    def act(self, *arguments):
+        acted.append(0)
+        if len(acted) == 60:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *arguments)
+
+    arguments = ["demos", "record", str(path), "--number", "12", "--num-envs", "2", *world(room)]
+    with monkeypatch.context() as patch:
+        patch.setattr(ExpertAgent, "act", act)
+        assert main(arguments) == 130
+    held = len(read_demonstrations(path))
+    assert 0 < held < 12
+    assert f"{path}: {held} demonstrations of 12; the same command goes on\n" in capsys.readouterr().err
+    assert main(arguments) == 0
+    whole = tmp_path / "whole.demos"
+    assert main(["demos", "record", str(whole), *arguments[3:]]) == 0
+    assert whole.read_bytes() == path.read_bytes()
+
+
 def test_a_machine_without_screen_is_told_so(room, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO())
     monkeypatch.setattr(keyboard, "windows_work", lambda: False)
@@ -230,10 +366,6 @@ def test_a_picture_becomes_half_blocks():
 
 
 def test_a_terminal_hands_over_keys_and_is_left_as_it_was(monkeypatch):
-    import os
-    import pty
-    import termios
-
     outside, inside = pty.openpty()
     terminal = os.fdopen(inside, "r+b", buffering=0)
     before = termios.tcgetattr(inside)

@@ -1,4 +1,4 @@
-"""The data sets of the settings, the homes in the cache, and where runs are written.
+"""What settings name: habitat-sim, data sets, the homes in the cache, and where runs are written.
 
 Runs in a process of its own, since reading settings imports the encoders and PyTorch with them.
 """
@@ -35,9 +35,10 @@ def look(overrides: Sequence[str]) -> dict[str, Any]:
     """
     from envs.files import cache_dir
     from navagent.config import load_config
+    from navagent.doctor.habitat import drawing
 
     config = load_config(overrides)
-    found = [*_data_set(config), *_cached_homes(cache_dir() / "homes")]
+    found = [*drawing(config), *_data_set(config), *_cached_homes(cache_dir() / "homes")]
     runs = Path(config.run_dir).parent if config.run_dir else Path("runs")
     return {"findings": [asdict(each) for each in found], "cache": str(cache_dir()), "runs": str(runs)}
 

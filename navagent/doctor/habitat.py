@@ -6,6 +6,7 @@ they should work, and what their errors mean is known here.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -13,10 +14,14 @@ from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from navagent.doctor.child import Answer, ask
 from navagent.doctor.findings import Finding
 from navagent.doctor.software import required, unmet
+
+if TYPE_CHECKING:
+    from navagent.config import TrainConfig
 
 PACKAGES = {"habitat-sim": "habitat_sim", "habitat-lab": "habitat"}
 """Habitat's distributions and their modules."""
@@ -70,6 +75,11 @@ KNOWN: tuple[Known, ...] = (
         r"No module named '(faster_fifo|torchvision|webdataset)'",
         "habitat-baselines imports a package that its installation did not bring",
         "python -m pip install the package; nothing in navagent needs habitat-baselines",
+    ),
+    Known(
+        r"EGL_BAD_ALLOC",
+        "no memory is left for drawing",
+        "fewer simulator.workers or simulator.resident_scenes; see the line on memory, and ulimit -v",
     ),
     Known(
         r"unable to find (CUDA|EGL) device|no EGL devices found|Unable to create windowless context",
@@ -134,6 +144,32 @@ def unmet_pins(distribution: str) -> list[str]:
         return []
     # Any of OpenCV's distributions brings the module.
     return [f"{each} ({fault})" for each in wanted if (fault := unmet(each)) and each.name != "opencv-python"]
+
+
+def drawing(config: TrainConfig) -> Iterable[Finding]:
+    """Whether habitat-sim starts as ``simulator=habitat`` starts it, where it is chosen or installed here."""
+    from navagent.build import check_simulator, own_cores, simulator_gpus
+    from navagent.config import ConfigError
+
+    simulator = config.simulator
+    if simulator.name != "habitat" and find_spec("habitat_sim") is None:
+        return
+    config = dataclasses.replace(config, simulator=dataclasses.replace(simulator, name="habitat"))
+    name = "simulator=habitat"
+    try:
+        check_simulator(config)
+    except ConfigError as error:
+        words = str(error).removeprefix(f"{name}: ")
+        known = explain(words)
+        if known is None:
+            yield Finding(name, "problem", words, "see the lines on habitat-sim and EGL, and docs/habitat.md")
+        else:
+            yield Finding(name, "problem", f"{known.meaning}: {words}", known.mend)
+        return
+    gpus = simulator_gpus(config, simulator.workers or own_cores())
+    where = "on " + ", ".join("the processor" if gpu < 0 else f"GPU {gpu}" for gpu in sorted(set(gpus)))
+    by = "" if simulator.python is None else f", by {simulator.python}"
+    yield Finding(name, "ok", f"a worker starts and draws {where}{by}")
 
 
 def egl() -> Iterable[Finding]:

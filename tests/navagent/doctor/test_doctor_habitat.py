@@ -1,11 +1,14 @@
 """What is said of Habitat's packages and of the devices that they render on."""
 
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from navagent.config import load_config
 from navagent.doctor.child import Answer
-from navagent.doctor.habitat import KNOWN, explain, habitat, judge_egl
+from navagent.doctor.habitat import KNOWN, drawing, explain, habitat, judge_egl
 
 # As Habitat, the loader and the libraries say it.
 SAID = (
@@ -16,8 +19,14 @@ SAID = (
     "ModuleNotFoundError: No module named 'magnum'",
     "ModuleNotFoundError: No module named 'habitat_sim._ext.habitat_sim_bindings'",
     "ModuleNotFoundError: No module named 'faster_fifo'",
+    "WindowlessEglApplication::tryCreateContext(): cannot create EGL context: EGL_BAD_ALLOC",
     "WindowlessEglApplication::tryCreateContext(): unable to find CUDA device 0 among 2 EGL devices",
     "X11: The DISPLAY environment variable is missing\nCould not initialize GLFW",
+)
+
+# What a worker says when it has started, to the socket that its argument names.
+READY = (
+    "import json, os, struct, sys; os.write(json.loads(sys.argv[1])['socket'], struct.pack('<BQQ', 4, 0, 0))"
 )
 
 
@@ -114,6 +123,31 @@ def test_egl_devices_are_held_against_the_gpus(answer, gpus, wanted, variables, 
     finding = judge_egl(answer, gpus, wanted, variables)
     assert finding.level == level
     assert words in f"{finding.found} {finding.mend}"
+
+
+@pytest.mark.parametrize(
+    ("says", "level", "words"),
+    [
+        ("echo cannot create EGL context: EGL_BAD_ALLOC; exit 1", "problem", "no memory is left for drawing"),
+        ("echo no lamp; exit 1", "problem", "habitat-sim worker 0 (process "),
+        (f'shift 3; exec {sys.executable} -c "{READY}" "$@"', "ok", "draws on the processor, by "),
+    ],
+    ids=["a known error", "another error", "a worker that starts"],
+)
+def test_a_worker_of_habitat_sim_is_started_where_it_is_chosen(tmp_path, says, level, words):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{says}\n")
+    python.chmod(0o755)
+    settings = ["simulator=habitat", f"simulator.python={python}", "simulator.gpu_ids=-1", "device=cpu"]
+    (finding,) = drawing(load_config(settings))
+    assert (finding.name, finding.level) == ("simulator=habitat", level)
+    assert words in finding.found
+    assert (level == "ok") == (not finding.mend)
+
+
+@pytest.mark.skipif(find_spec("habitat_sim") is not None, reason="habitat-sim is installed here")
+def test_where_habitat_sim_is_neither_installed_nor_chosen_no_worker_is_started():
+    assert list(drawing(load_config([]))) == []
 
 
 def test_the_documentation_explains_every_known_error():

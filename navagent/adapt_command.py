@@ -17,9 +17,9 @@ from navagent.arguments import (
     add_options,
     command_parser,
     name_list,
-    nearest,
     number_list,
 )
+from policies.names import nearest
 
 HELP = """\
 usage: navagent adapt list [--bases NAMES] [--methods NAMES] [--size HxW] [--batch-size N] [--json]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NoReturn
 
 BAD_INPUT = 2
@@ -56,12 +56,6 @@ def add_options(
     """
     for name, metavar, kind, line in options:
         parser.add_argument(f"--{name}", metavar=metavar, type=kind, default=argparse.SUPPRESS, help=line)
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """The known word that is most like ``word``, as the end of a message; nothing where none is."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def name_list(text: str) -> tuple[str, ...]:

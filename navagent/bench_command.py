@@ -17,10 +17,10 @@ from navagent.arguments import (
     add_options,
     command_parser,
     name_list,
-    nearest,
     number_list,
 )
 from navagent.bench.networks import DEFAULT_NETWORKS, NETWORKS
+from policies.names import nearest
 
 FAILED = 1
 """Exit status where a learner broke down while it was measured."""

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from navagent.arguments import BAD_INPUT, UsageError, command_parser, nearest
+from navagent.arguments import BAD_INPUT, UsageError, command_parser
 from navagent.installation import ShadowedPackageError, check_packages
 
 if TYPE_CHECKING:
@@ -151,6 +151,8 @@ def _imitate(arguments: Sequence[str]) -> int:
 
 
 def _learn(command: Command, arguments: Sequence[str]) -> int:
+    from policies.names import nearest
+
     flags = [word for word in arguments if word.startswith("-")]
     if {"--help", "-h"} & set(flags):
         print(_learning_help(command))
@@ -343,6 +345,8 @@ def _scenes(arguments: Sequence[str]) -> int:
         print(SCENES_HELP)
         return 0 if arguments else BAD_INPUT
     if arguments[0] not in actions:
+        from policies.names import nearest
+
         raise UsageError(
             f"scenes: there is no action {arguments[0]!r}{nearest(arguments[0], list(actions))} "
             f"(actions: {', '.join(actions)}; see `navagent scenes --help`)"
@@ -437,6 +441,8 @@ def _weights(arguments: Sequence[str]) -> int:
         return 0 if arguments else BAD_INPUT
     action, rest = arguments[0], arguments[1:]
     if action not in WEIGHTS_ACTIONS:
+        from policies.names import nearest
+
         raise UsageError(
             f"weights: there is no action {action!r}{nearest(action, list(WEIGHTS_ACTIONS))} "
             f"(actions: {', '.join(WEIGHTS_ACTIONS)}; see `navagent weights --help`)"
@@ -656,6 +662,8 @@ def _dispatch(arguments: Sequence[str]) -> int:
         return 0
     verb = arguments[0]
     if verb not in VERBS:
+        from policies.names import nearest
+
         raise UsageError(
             f"there is no verb {verb!r}{nearest(verb, list(VERBS))} (verbs: {', '.join(VERBS)}; "
             f"see `navagent --help`)"

@@ -136,7 +136,7 @@ def find_entry(name: str) -> Entry:
     entries = catalogue()
     if name not in entries:
         raise CatalogueError(
-            f"there are no weights {name!r}{nearest(name, entries)} `navagent weights list` shows all"
+            f"there are no weights {name!r}{nearest(name, entries)} (`navagent weights list` shows all)"
         )
     return entries[name]
 

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from navagent.arguments import UsageError, nearest
+from navagent.arguments import UsageError
 from navagent.bench.contestants import CONTESTANTS
 from navagent.bench.networks import NETWORKS
 from navagent.bench.report import show, show_bars, write
@@ -21,6 +21,7 @@ from navagent.bench.runner import Entry, Measurement, measure
 from navagent.build import Split, agent_spec, load_split, set_threads, training_device
 from navagent.config import TrainConfig, load_config
 from navagent.runs import versions
+from policies.names import nearest
 
 MOST_FRAMES = 8192
 """Where nothing is said of steps, rollouts of many agents are so short that they have this many frames."""

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from navagent.arguments import BAD_INPUT, UsageError, command_parser, nearest
+from navagent.arguments import BAD_INPUT, UsageError, command_parser
+from policies.names import nearest
 
 if TYPE_CHECKING:
     from navagent.config import TrainConfig

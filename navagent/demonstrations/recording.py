@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 from envs.vector_env import PointNavVectorEnv
-from navagent.arguments import nearest
 from navagent.build import check_simulator, load_split
 from navagent.config import (
     ConfigError,
@@ -26,6 +25,7 @@ from navagent.demonstrations.recorded import Source
 from navagent.evaluation.agents import Agent, ExpertAgent, PolicyAgent
 from navagent.evaluation.command import load_policy
 from navagent.runs import Run
+from policies.names import nearest
 from policies.weights import sha256
 
 EXPERT, KEYBOARD = "expert", "keyboard"

@@ -74,7 +74,7 @@ class ComparisonConfig:
         for method in self.methods:
             if method not in known:
                 raise ValueError(
-                    f"method {method!r} is not compared{nearest(method, known)} Known: {'; '.join(known)}"
+                    f"method {method!r} is not compared{nearest(method, known)} (known: {'; '.join(known)})"
                 )
 
     @property

@@ -132,7 +132,7 @@ def record_expert(
     path.parent.mkdir(parents=True, exist_ok=True)
     work = ["scenes", "env", "device", "num_threads"]
     if config.simulator.name != "raycast":
-        # What is replayed in another simulator goes elsewhere.
+        # What another simulator does could differ from a replay in this one.
         work.append("simulator")
     record_demonstrations(RecordOptions(str(path), tuple(_typed(config, *work)), number=number), progress)
     return read_demonstrations(path)

@@ -110,8 +110,8 @@ class LadderConfig:
             for method in given:
                 if method not in KNOWN:
                     raise ValueError(
-                        f"{what}: there is no method {method!r} for a ladder{nearest(method, KNOWN)} Known: "
-                        f"{', '.join(KNOWN)}"
+                        f"{what}: there is no method {method!r} for a ladder{nearest(method, KNOWN)} (known: "
+                        f"{', '.join(KNOWN)})"
                     )
             if len(set(given)) < len(given):
                 raise ValueError(f"{what} {','.join(given)}: expected each once")

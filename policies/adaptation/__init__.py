@@ -102,7 +102,7 @@ def make_adaptation(
     """
     if name not in ADAPTATIONS:
         raise ValueError(
-            f"unknown adaptation {name!r}{nearest(name, ADAPTATIONS)} Known: {', '.join(ADAPTATIONS)}"
+            f"unknown adaptation {name!r}{nearest(name, ADAPTATIONS)} (known: {', '.join(ADAPTATIONS)})"
         )
     method = ADAPTATIONS[name]
     fields = [field.name for field in dataclasses.fields(method.config_class)]
@@ -110,7 +110,7 @@ def make_adaptation(
         if option not in fields:
             raise ValueError(
                 f"adaptation {name!r} has no option {option!r}{nearest(option, fields)} "
-                f"Known: {', '.join(fields)}"
+                f"(known: {', '.join(fields)})"
             )
     config = method.config_class(**options)
     if restored:

@@ -92,7 +92,7 @@ def make_encoder(name: str, channels: int = 3, weights: str | Path = "default") 
         ValueError: for an unknown name, or weights that are unreadable or do not fit.
     """
     if name not in ENCODERS:
-        raise ValueError(f"unknown encoder {name!r}{nearest(name, ENCODERS)} Known: {', '.join(ENCODERS)}")
+        raise ValueError(f"unknown encoder {name!r}{nearest(name, ENCODERS)} (known: {', '.join(ENCODERS)})")
     encoder = ENCODERS[name](channels)
     encoder.name = name
     if str(weights) == "random":

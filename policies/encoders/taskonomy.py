@@ -330,7 +330,7 @@ def make_decoder(task: str, weights: str | Path = "default") -> TaskonomyDecoder
 def _check_task(task: str, known: Sequence[str] | Mapping[str, int], kind: str) -> None:
     if task not in known:
         raise ValueError(
-            f"no Taskonomy {kind} for task {task!r}{nearest(task, known)} Known: {', '.join(known)}"
+            f"no Taskonomy {kind} for task {task!r}{nearest(task, known)} (known: {', '.join(known)})"
         )
 
 

@@ -16,7 +16,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from envs.files import atomic_write
 from navagent.evaluation.curves import LIGHT
-from navagent.learning.over_seeds import REFERENCE, Mean, mean, numbers, paired, signed
+from navagent.learning.over_seeds import REFERENCE, Mean, mean, numbers, paired, signed, table_head
 from navagent.learning.perception import TASKS
 from navagent.learning.transfer import BASE_TASK, Outcome, Row
 
@@ -138,14 +138,8 @@ def _table(
         "training images. With so many comparisons, some in bold are chance.",
     ]
     for base in dict.fromkeys(key[0] for key in found):
-        heads = [f"{number:,} images | difference" for number in images]
-        lines += [
-            "",
-            f"## {base}",
-            "",
-            f"| method | trainable | rate | {' | '.join(heads)} | seconds |",
-            "|:--|--:|--:|" + "--:|--:|" * len(images) + "--:|",
-        ]
+        heads = [head for number in images for head in (f"{number:,} images", "difference")]
+        lines += table_head(base, ["method", "trainable", "rate", *heads, "seconds"])
         for row in compared:
             own = [found[base, row.name, number] for number in images if (base, row.name, number) in found]
             if not own:

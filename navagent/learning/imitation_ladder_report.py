@@ -16,7 +16,7 @@ from matplotlib.ticker import NullLocator
 
 from envs.files import atomic_write
 from navagent.evaluation.curves import LIGHT
-from navagent.learning.over_seeds import REFERENCE, Mean, mean, numbers, paired, signed
+from navagent.learning.over_seeds import REFERENCE, Mean, mean, numbers, paired, signed, table_head
 
 if TYPE_CHECKING:
     from navagent.learning.imitation_ladder import Rung
@@ -139,15 +139,9 @@ def _table(
         f"{outcomes[0].frames:,} frames, whatever there is to learn from. With so many comparisons, some in "
         "bold are chance.",
     ]
+    heads = [head for count in counts for head in (f"{count:,} demonstrations", "difference")]
     for measure, name in MEASURES.items():
-        heads = [f"{count:,} demonstrations | difference" for count in counts]
-        lines += [
-            "",
-            f"## {name}",
-            "",
-            f"| method | trainable | {' | '.join(heads)} | seconds |",
-            "|:--|--:|" + "--:|--:|" * len(counts) + "--:|",
-        ]
+        lines += table_head(name, ["method", "trainable", *heads, "seconds"])
         for method in methods:
             own = [found[method, count] for count in counts]
             values = [
@@ -166,16 +160,9 @@ def _dagger_table(found: Mapping[Key, Cell], counts: Sequence[int]) -> list[str]
     if not beside:
         return []
     heads = [f"{name} {kind}" for name in MEASURES.values() for kind in ("cloned", DAGGER, "difference")]
-    lines = [
-        "",
-        f"## {DAGGER}",
-        "",
-        f"As many frames, each of them new and labelled by the expert where the learner went, beside cloning "
-        f"from {counts[-1]:,} demonstrations.",
-        "",
-        f"| method | {' | '.join(heads)} |",
-        "|:--|" + "--:|" * len(heads),
-    ]
+    lines = table_head(
+        f"{DAGGER} with as many frames, beside cloning from {counts[-1]:,} demonstrations", ["method", *heads]
+    )
     for cell in beside:
         cloned = found.get((cell.method, counts[-1]))
         values = []
@@ -184,7 +171,7 @@ def _dagger_table(found: Mapping[Key, Cell], counts: Sequence[int]) -> list[str]
             before = f"{cloned.mean(measure):{DIGITS}}" if cloned else ""
             values += [before, f"{cell.mean(measure):{DIGITS}}", signed(gap, DIGITS)]
         lines.append(f"| {cell.method} | {' | '.join(values)} |")
-    return lines
+    return [*lines, "", "Each of its frames is a new one, labelled by the expert where the learner went."]
 
 
 def draw(path: Path, methods: Sequence[str], found: Mapping[Key, Cell]) -> None:

@@ -65,6 +65,12 @@ def signed(difference: Mean | None, spec: str = "") -> str:
     return f"**{text}**" if difference.sure else text
 
 
+def table_head(title: str, columns: Sequence[str]) -> list[str]:
+    """The lines of a Markdown table before its first row: names to the left, numbers to the right."""
+    marks = "|:--|" + "--:|" * (len(columns) - 1)
+    return ["", f"## {title}", "", f"| {' | '.join(columns)} |", marks]
+
+
 def numbers(value: Mean | None) -> dict[str, float | None] | None:
     """A mean as JSON can hold it."""
     if value is None or not math.isfinite(value.value):

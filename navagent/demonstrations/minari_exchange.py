@@ -221,9 +221,18 @@ def import_minari(
     if not data.total_episodes:
         raise DemonstrationError(f"{dataset_id}: holds no episodes")
 
+    def episodes() -> Iterator[tuple[Any, Any]]:
+        try:
+            yield from zip(
+                data.iterate_episodes(), data.storage.get_episode_metadata(data.episode_indices), strict=True
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DemonstrationError(
+                f"{dataset_id}: truncated or damaged ({error}); copy, download or export it again"
+            ) from None
+
     def sequences() -> Iterator[Sequence]:
-        metadata = data.storage.get_episode_metadata(data.episode_indices)
-        for done, (episode, about) in enumerate(zip(data.iterate_episodes(), metadata, strict=True), 1):
+        for done, (episode, about) in enumerate(episodes(), 1):
             length = len(episode)
             observations = {
                 name: np.asarray(value)[:length] for name, value in _by_name(episode.observations).items()
@@ -233,8 +242,21 @@ def import_minari(
             if progress is not None:
                 progress(done, data.total_episodes)
 
-    write_sequences(Path(folder), sequences(), data.total_steps, int(actions.n), f"Minari {data.id}")
+    rules = _rules(dataset_id, raw.get("navagent_rules"))
+    write_sequences(Path(folder), sequences(), data.total_steps, int(actions.n), f"Minari {data.id}", rules)
     return Path(folder)
+
+
+def _rules(dataset_id: str, text: Any) -> dict[str, Any]:
+    """What :func:`export_minari` says of the task; nothing where others have made the data set."""
+    if text is None:
+        return {}
+    try:
+        return dict(json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise DemonstrationError(
+            f"{dataset_id}: its navagent_rules cannot be read ({error}); export it again"
+        ) from None
 
 
 def _by_name(observations: Any) -> dict[str, NDArray[Any]]:

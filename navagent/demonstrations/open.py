@@ -16,7 +16,12 @@ import torch
 from navagent.build import scenes_dir
 from navagent.config import TrainConfig
 from navagent.demonstrations.features import StoredFeatures, stored_features
-from navagent.demonstrations.recorded import DemonstrationError, DemonstrationSet, read_demonstrations
+from navagent.demonstrations.recorded import (
+    DemonstrationError,
+    DemonstrationSet,
+    check_rules,
+    read_demonstrations,
+)
 from navagent.demonstrations.replay import Replay, ReplayStream
 from navagent.demonstrations.scene_files import checked_scenes
 from navagent.demonstrations.stored import StoredStream, read_sequences
@@ -122,11 +127,7 @@ def start_replay(
 def _fitting(config: TrainConfig, path: str | Path) -> DemonstrationSet:
     """The demonstrations of a file, if they were recorded as ``config`` would have it."""
     demonstrations = read_demonstrations(path)
-    if different := demonstrations.header.differences(config):
-        raise DemonstrationError(
-            f"{path}: recorded with other settings than those asked for: {', '.join(different)}; use the "
-            "settings of the recording, or record demonstrations with these"
-        )
+    check_rules(path, demonstrations.header.rules, config)
     if not len(demonstrations):
         raise DemonstrationError(
             f"{path}: holds no demonstrations yet; go on recording with the same command"

@@ -160,19 +160,29 @@ class Header:
         """``config`` under the rules of the recording."""
         return dataclasses.replace(config, env=dataclasses.replace(config.env, **self.rules))
 
-    def differences(self, config: TrainConfig) -> list[str]:
-        """Settings of ``config`` under which the demonstrations would be others, as text."""
-        own = rules_of(config)
-        return [
-            f"env.{name}={self.rules[name]} (not {own[name]})"
-            for name in RULES
-            if own[name] != self.rules[name]
-        ]
-
 
 def rules_of(config: TrainConfig) -> dict[str, Any]:
     """The settings that decide where actions lead."""
     return {name: getattr(config.env, name) for name in RULES}
+
+
+def check_rules(path: str | Path, rules: Mapping[str, Any], config: TrainConfig) -> None:
+    """Refuses demonstrations at ``path`` whose rules are not those of ``config``.
+
+    Raises:
+        DemonstrationError: names each difference.
+    """
+    own = rules_of(config)
+    different = [
+        f"env.{name}={rules[name]} (not {own[name]})"
+        for name in RULES
+        if name in rules and rules[name] != own[name]
+    ]
+    if different:
+        raise DemonstrationError(
+            f"{path}: recorded with other settings than those asked for: {', '.join(different)}; use the "
+            "settings of the recording, or record demonstrations with these"
+        )
 
 
 _ARRAYS: dict[str, tuple[str, tuple[int, ...]]] = {

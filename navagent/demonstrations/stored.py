@@ -6,7 +6,9 @@ the arrays one after another, each with as many steps as ``about.json`` says.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from navagent.agent_spaces import observation_space
 from navagent.build import training_device
 from navagent.config import TrainConfig
 from navagent.demonstrations.arrays import open_arrays, read_about, writing
-from navagent.demonstrations.recorded import DemonstrationError
+from navagent.demonstrations.recorded import DemonstrationError, check_rules
 from navagent.demonstrations.replay import check_enough
 from navagent.demonstrations.stream import DemonstratedStep, DemonstrationStream
 from navagent.distributed import Ranks
@@ -64,15 +66,32 @@ class StoredSequences:
     """How many actions there are."""
     source: str
     """Where they come from."""
+    rules: dict[str, Any]
+    """Settings of ``env`` that they were recorded with, as far as they are known."""
+    sha256: str
+    """SHA-256 of all that they are: 64 hexadecimal digits."""
 
     def __len__(self) -> int:
         return len(self.lengths)
 
 
 def write_sequences(
-    folder: Path, sequences: Iterable[Sequence], steps: int, num_actions: int, source: str
+    folder: Path,
+    sequences: Iterable[Sequence],
+    steps: int,
+    num_actions: int,
+    source: str,
+    rules: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes sequences of ``steps`` steps together into a folder, all of them or nothing.
+
+    Args:
+        folder: what to make.
+        sequences: what is written.
+        steps: of all of them.
+        num_actions: how many actions there are.
+        source: where they come from.
+        rules: settings of ``env`` that they were recorded with, by name; None where nothing is known.
 
     Raises:
         DemonstrationError: the folder is there already, a sequence does not fit the others, or there are
@@ -108,6 +127,7 @@ def write_sequences(
                 "success": success,
                 "num_actions": num_actions,
                 "source": source,
+                "rules": dict(rules or {}),
             }
         )
 
@@ -125,6 +145,7 @@ def read_sequences(path: str | Path) -> StoredSequences:
         lengths = np.array(about["lengths"], dtype=np.int64)
         success = np.array(about["success"], dtype=bool)
         actions, num_actions, source = arrays[_ACTIONS], int(about["num_actions"]), str(about["source"])
+        rules = dict(about.get("rules", {}))
         sound = (
             lengths.min() > 0
             and len(success) == len(lengths)
@@ -144,7 +165,18 @@ def read_sequences(path: str | Path) -> StoredSequences:
         for name, array in arrays.items()
         if name.startswith(_OBSERVATION)
     }
-    return StoredSequences(path, observations, actions, lengths, success, num_actions, source)
+    content = json.dumps([about[name] for name in ("arrays", "lengths", "success")], sort_keys=True)
+    return StoredSequences(
+        path,
+        observations,
+        actions,
+        lengths,
+        success,
+        num_actions,
+        source,
+        rules,
+        hashlib.sha256(content.encode()).hexdigest(),
+    )
 
 
 class StoredStream(DemonstrationStream):
@@ -160,7 +192,8 @@ class StoredStream(DemonstrationStream):
         ranks: the processes that share the stream.
 
     Raises:
-        DemonstrationError: an observation is missing or of another shape.
+        DemonstrationError: an observation is missing or of another shape, or they were recorded with other
+            settings.
         ValueError: there are fewer sequences than agents, or than ``count``.
     """
 
@@ -196,6 +229,7 @@ class StoredStream(DemonstrationStream):
                 f"{sequences.path}: has {sequences.num_actions} actions and the agent "
                 f"{self.single_action_space.n}: set env.stop to 'called' for 4 actions, 'automatic' for 3"
             )
+        check_rules(sequences.path, sequences.rules, config)
         self.single_observation_space = _space(config, sequences)
         self._agents = num_envs * ranks.size
         self._given = 0
@@ -252,10 +286,17 @@ class StoredStream(DemonstrationStream):
             "current": self._current.tolist(),
             "steps": self._steps.tolist(),
             "given": self._given,
+            "sequences": self._sequences.sha256,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See :class:`~navagent.demonstrations.stream.DemonstrationStream`."""
+        # States of earlier versions do not say of what they are.
+        if state.get("sequences", self._sequences.sha256) != self._sequences.sha256:
+            raise ValueError(
+                f"the saved state is of other sequences than {self._sequences.path} has; go on with the same "
+                "folder, unchanged"
+            )
         self._sampler.load_state_dict(state["sampler"])
         self._current = np.array(state["current"], dtype=np.int64)
         self._steps = np.array(state["steps"], dtype=np.int64)

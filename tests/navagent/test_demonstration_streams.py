@@ -240,6 +240,17 @@ def test_a_state_of_other_demonstrations_is_refused(config, file, tmp_path):
     stream.close()
 
 
+def test_a_state_of_other_sequences_is_refused(config, file, dataset, tmp_path):
+    state = open_stream(config, import_minari(dataset, tmp_path / "one"), 2).state_dict()
+    open_stream(config, import_minari(dataset, tmp_path / "same"), 2).load_state_dict(state)
+    replay = start_replay(config, read_demonstrations(file).chosen(COUNT - 1), 4)
+    export_minari(replay, "navagent/other-v0")
+    replay.close()
+    other = open_stream(config, import_minari("navagent/other-v0", tmp_path / "other"), 2)
+    with pytest.raises(ValueError, match=r"of other sequences than .*other has; go on with the same folder"):
+        other.load_state_dict(state)
+
+
 # Features ------------------------------------------------------------------------------------------------
 
 
@@ -472,6 +483,29 @@ def test_sequences_that_the_agent_cannot_see_are_refused_by_name(room, dataset, 
         open_stream(settings(room, "sensors=depth"), folder, 2)
     with pytest.raises(DemonstrationError, match="has 4 actions and the agent 3"):
         open_stream(settings(room, "env.stop=automatic"), folder, 2)
+
+
+def test_sequences_of_another_task_are_refused_by_name(room, dataset, tmp_path):
+    folder = import_minari(dataset, tmp_path / "sequences")
+    fault = r"sequences: recorded with other settings.*env.turn_angle_deg=10.0 \(not 30.0\)"
+    with pytest.raises(DemonstrationError, match=fault):
+        open_stream(settings(room, "env.turn_angle_deg=30"), folder, 2)
+    # What rewards are does not change what was done.
+    open_stream(settings(room, "env.success_reward=5"), folder, 2)
+
+
+def test_a_damaged_data_set_is_refused_by_name(dataset, tmp_path):
+    data = tmp_path / "minari/navagent/room-v0/data"
+    metadata, arrays = data / "metadata.json", data / "main_data.hdf5"
+    told = metadata.read_text()
+    metadata.write_text(json.dumps(json.loads(told) | {"navagent_rules": "no"}))
+    with pytest.raises(DemonstrationError, match="room-v0: its navagent_rules cannot be read"):
+        import_minari(dataset, tmp_path / "x")
+    metadata.write_text(told)
+    arrays.write_bytes(arrays.read_bytes()[: arrays.stat().st_size // 2])
+    with pytest.raises(DemonstrationError, match=r"room-v0: truncated or damaged .*export it again"):
+        import_minari(dataset, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 def test_exports_and_imports_that_cannot_be_are_refused_by_name(config, file, dataset, tmp_path):

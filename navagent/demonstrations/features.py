@@ -1,8 +1,9 @@
 """Features of a frozen encoder, computed once for a file of demonstrations and mapped into memory.
 
 They are kept in the cache under a key that says what made them: the weights and preprocessing of every frozen
-encoder, the cameras, the demonstrations. Whatever differs has another key, and a folder that says another key
-is refused. Methods that use the same features of the same encoder share them.
+encoder, the cameras, the demonstrations, their scenes and the simulator. Whatever differs has another key,
+and a folder that says another key is refused. Methods that use the same features of the same encoder share
+them.
 """
 
 from __future__ import annotations
@@ -134,7 +135,13 @@ def stored_features(
             f"features cannot be stored with noisy cameras (env.rgb_noise={config.env.rgb_noise}, "
             f"env.depth_noise={config.env.depth_noise}), for no picture comes twice; set both to 0"
         )
-    key |= {"demonstrations": demonstrations.sha256, "dtype": str(dtype).removeprefix("torch.")}
+    key |= {
+        "demonstrations": demonstrations.sha256,
+        # Paths are the same in other colours, and pictures are not.
+        "scenes": {scene.scene_id: scene.sha256 for scene in demonstrations.header.scenes},
+        "simulator": config.simulator.name,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_dir() / "features" / name if folder is None else folder
     with writing(folder) as writer:
@@ -193,6 +200,8 @@ def _difference(found: Any, wanted: dict[str, Any]) -> str:
         "depth_range": "another range of depths",
         "navagent": "another version of navagent",
         "demonstrations": "other demonstrations",
+        "scenes": "other scenes",
+        "simulator": "another simulator",
         "dtype": "another precision",
     }
     return " and ".join(text for part, text in names.items() if found.get(part) != wanted[part])

@@ -137,7 +137,7 @@ def record(
         source=source,
         scenes=tuple(SceneHash(name, scene_sha256(file)) for name, file in split.scenes.items()),
         wanted=number,
-        recorded_on={name: system[name] for name in _SYSTEM},
+        recorded_on={name: system[name] for name in _SYSTEM} | {"simulator": config.simulator.name},
     )
     done: list[Demonstration] = []
     if path.exists():

@@ -69,6 +69,7 @@ class Replay:
             total_agents=ranks.size * num_envs,
         )
         self.env = sampled_env(config, sampler)
+        self._simulator = config.simulator.name
         seed_motion(self.env, demonstrations.seeds)
         self.rows = np.full(num_envs, _IDLE, dtype=np.int64)
         """Which demonstration each agent does, -1 where it is idle: (N,)."""
@@ -182,7 +183,8 @@ class Replay:
         row = int(self.rows[agent])
         episode = self.demonstrations.episodes[row]
         steps = f"{block * BLOCK} to {min((block + 1) * BLOCK, int(self._length[row])) - 1}"
-        recorded, here = self.demonstrations.header.recorded_on, versions()
+        recorded = self.demonstrations.header.recorded_on
+        here = versions() | {"simulator": self._simulator}
         changed = [
             f"{name} {recorded[name]} then and {here[name]} now"
             for name in recorded

@@ -5,6 +5,7 @@ import json
 from collections import Counter
 
 import numpy as np
+import one_room
 import pytest
 import torch
 from demonstrations_world import record_expert, settings
@@ -331,6 +332,20 @@ def test_another_encoder_camera_or_file_has_other_features(config, file):
     assert key != encoder_key(policy_of(config), wider)
     assert encoder_key(policy_of(config, adaptation="scratch"), config) == {}
     assert open_features(config, file, policy_of(config, adaptation="scratch")) is None
+
+
+def test_a_scene_that_was_painted_anew_has_features_of_its_own(config, file, tmp_path, monkeypatch):
+    before = open_features(config, file, policy_of(config))
+    monkeypatch.setattr(one_room, "WALL_COLOURS", one_room.WALL_COLOURS[::-1])
+    painted = settings(write_one_room(tmp_path / "painted", num_train=20, num_val=4))
+    same = tmp_path / "same.demos"
+    record_expert(same, painted, number=COUNT)
+    # Nobody goes another way because of a colour.
+    assert read_demonstrations(same).sha256 == read_demonstrations(file).sha256
+    after = open_features(painted, same, policy_of(painted))
+    rows = np.arange(5)
+    one, other = (features.read(rows, torch.device("cpu"))["rgb/base"] for features in (before, after))
+    assert not torch.equal(one, other)
 
 
 def test_features_of_another_encoder_are_refused(config, file, tmp_path):

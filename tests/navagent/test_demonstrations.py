@@ -313,8 +313,9 @@ def test_a_replay_that_goes_elsewhere_names_demonstration_and_steps(config, file
     other = Action.TURN_LEFT if demonstrations.actions(row)[BLOCK] != Action.TURN_LEFT else Action.TURN_RIGHT
     replay = start_replay(config, tampered(file, row, BLOCK, other), 4)
     last = int(demonstrations.steps[row]) - 1
-    expected = f"demonstration {row} .*in steps {BLOCK} to {last} the states differ"
-    with pytest.raises(DemonstrationError, match=expected):
+    replay.demonstrations.header.recorded_on["simulator"] = "habitat"
+    expected = f"demonstration {row} .*in steps {BLOCK} to {last} the states differ.*"
+    with pytest.raises(DemonstrationError, match=f"{expected}: simulator habitat then and raycast now"):
         list(replay_once(replay))
     replay.close()
 

@@ -38,6 +38,7 @@ from navagent.distributed import Launch, RankLostError, Ranks, joined
 from navagent.learning.auxiliary import AuxiliaryConfig
 from navagent.learning.demonstrated import (
     DemonstratedVectorEnv,
+    check_unseen,
     demonstrated_env,
     demonstrations_of,
     store_features,
@@ -139,6 +140,9 @@ def _train(
     model = make_model(config, own_split, ranks, restored)
     assert model.env is not None
     stack.callback(model.env.close)
+    world = model.env.vector_envs[0]  # type: ignore[attr-defined]
+    if isinstance(world, DemonstratedVectorEnv):
+        check_unseen(world, train_split, val_split)
     origin: Origin | None = None
     if state is None and config.start_from is not None:
         origin = begin_as(model, config)
@@ -160,7 +164,6 @@ def _train(
         if ranks.first:
             # A resumed run may have other settings, such as a longer budget, and its folder says so.
             run.write_config(to_yaml(dataclasses.replace(config, resume=None)))
-    world = model.env.vector_envs[0]  # type: ignore[attr-defined]
     if config.imitation.store_features and isinstance(world, DemonstratedVectorEnv):
         size = store_features(world, config, model.policy, ranks)
         told = (
@@ -790,10 +793,14 @@ def plan(
     taught = "taught by an expert that knows the shortest path"
     lesson = f"{imitation.frames:,} {taught}, then PPO" if imitation.frames else "PPO"
     if algorithm.name == "imitation":
-        lesson = f"all {taught}, by {imitation.name.replace('_', ' ')}"
+        lesson = f"all {taught}, by DAgger"
     if isinstance(world, DemonstratedVectorEnv):
         passes = algorithm.total_frames / world.stream.steps_per_pass
-        lesson += f" from {world.stream.num_demonstrations:,} demonstrations, {passes:.3g} times each"
+        # Whoever gave them: the expert, another agent or a person.
+        lesson = (
+            f"all by behaviour cloning from {world.stream.num_demonstrations:,} demonstrations, "
+            f"{passes:.3g} times each"
+        )
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim")
     table.add_column(overflow="fold")
@@ -827,7 +834,11 @@ def simulator_line(config: TrainConfig, model: SequenceLearner) -> str:
     if config.simulator.name == "raycast":
         return "built in"
     worlds = model.env.vector_envs  # type: ignore[union-attr]
-    workers = sum(len(w.simulator.process_ids) for w in worlds if isinstance(w, PointNavVectorEnv))
+    workers = sum(
+        w.stream.worker_processes if isinstance(w, DemonstratedVectorEnv) else len(w.simulator.process_ids)
+        for w in worlds
+        if isinstance(w, DemonstratedVectorEnv | PointNavVectorEnv)
+    )
     gpus = simulator_gpus(config, max(1, workers))
     where = "in software" if set(gpus) == {-1} else f"on GPUs {', '.join(map(str, sorted(set(gpus))))}"
     return f"habitat-sim in {workers} worker processes, drawing {where}"

@@ -269,6 +269,8 @@ class ReplayStream(DemonstrationStream):
         self.num_envs = num_envs
         self.num_demonstrations = len(demonstrations)
         self.steps_per_pass = int(demonstrations.steps.sum())
+        self.scene_ids = frozenset(episode.scene_id for episode in demonstrations.episodes)
+        self.worker_processes = len(env.simulator.process_ids)
         self.single_observation_space = env.single_observation_space
         self.single_action_space = env.single_action_space
         self.device = env.simulator.device

@@ -219,6 +219,7 @@ class StoredStream(DemonstrationStream):
         self.num_envs = num_envs
         self.num_demonstrations = len(rows)
         self.steps_per_pass = int(sequences.lengths[rows].sum())
+        self.scene_ids = frozenset()
         self.device = training_device(config.device)
         self._sequences = sequences
         self._rows = rows

@@ -81,6 +81,10 @@ class DemonstrationStream(ABC):
     """Demonstrations that the stream goes through."""
     steps_per_pass: int
     """Steps of all of them together."""
+    scene_ids: frozenset[str]
+    """Scenes that they take place in; none where that is not known."""
+    worker_processes: int = 0
+    """Processes that simulate them, besides this one."""
     single_observation_space: spaces.Dict
     """Of one agent; what a policy is built for."""
     single_action_space: spaces.Discrete

@@ -17,9 +17,10 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from envs.files import cache_dir
+from navagent.build import Split
 from navagent.config import TrainConfig, as_typed, flatten
 from navagent.demonstrations.open import open_features, open_stream
-from navagent.demonstrations.recorded import DemonstrationSet, read_demonstrations
+from navagent.demonstrations.recorded import DemonstrationError, DemonstrationSet, read_demonstrations
 from navagent.demonstrations.recording import RecordOptions, record_demonstrations
 from navagent.demonstrations.stream import DemonstratedStep, DemonstrationStream
 from navagent.distributed import Ranks
@@ -162,6 +163,21 @@ def demonstrated_env(config: TrainConfig, ranks: Ranks) -> DemonstratedVectorEnv
         number = min(number or OWN_DEMONSTRATIONS, int(read_demonstrations(path).success.sum()))
     stream = open_stream(config, path, config.algorithm.num_envs, count=number, seed=config.seed, ranks=ranks)
     return DemonstratedVectorEnv(stream)
+
+
+def check_unseen(env: DemonstratedVectorEnv, train: Split, val: Split) -> None:
+    """Refuses demonstrations in homes that are to be unseen ones.
+
+    Raises:
+        DemonstrationError: names the first such home.
+    """
+    seen = sorted(env.stream.scene_ids & (val.scenes.keys() - train.scenes.keys()))
+    if seen:
+        raise DemonstrationError(
+            f"demonstrations take place in {len(seen)} homes of split {val.name!r} ({seen[0]}), which the "
+            f"agent is evaluated in as unseen ones: take demonstrations of split {train.name!r}, or another "
+            "scenes.val_split"
+        )
 
 
 def store_features(env: DemonstratedVectorEnv, config: TrainConfig, policy: Any, ranks: Ranks) -> int:

@@ -4,11 +4,12 @@ import dataclasses
 import io
 import shutil
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from one_room import TINY, write_one_room
+from one_room import TINY, write_one_room, write_rooms
 from rich.console import Console
 from test_train import interrupt_after, numbers
 
@@ -119,6 +120,23 @@ def test_cloning_records_its_own_demonstrations_once_and_says_so(room, tmp_path)
     # Asked for by name, they are the same.
     named = imitate(room, tmp_path / "named", *asked, f"imitation.demos={file}")
     assert numbers(named) == numbers(Run(tmp_path / "first"))
+
+
+def test_the_expert_is_asked_in_the_simulator_that_is_chosen(room, tmp_path, monkeypatch):
+    monkeypatch.setenv("NAVAGENT_CACHE", str(tmp_path))
+    asked = []
+    record = "navagent.learning.demonstrated.record_demonstrations"
+    monkeypatch.setattr(record, lambda options, progress: asked.append(options.settings))
+    monkeypatch.setattr("navagent.learning.demonstrated.read_demonstrations", lambda path: None)
+    cloning = words(room, tmp_path, "imitation=behaviour_cloning")
+    habitat = "simulator=habitat", "simulator.workers=3"
+    files = {demonstrations_of(load_config([*cloning, *more], "imitate")) for more in ((), habitat)}
+    assert len(files) == 2
+    assert not any(word.startswith("simulator.") for word in asked[0])
+    assert {"simulator.name=habitat", "simulator.workers=3"} < set(asked[1])
+    assert load_config(asked[1]).simulator.workers == 3
+    # How many processes do it does not change what is done.
+    assert demonstrations_of(load_config([*cloning, "simulator=habitat"], "imitate")) in files
 
 
 CLONING = ("imitation=behaviour_cloning", "imitation.num_demos=4")
@@ -232,6 +250,23 @@ def test_demonstrations_that_do_not_fit_are_refused_by_name(
     assert message in error
     assert error.startswith("navagent: ")
     assert not (tmp_path / "run").exists()
+
+
+def test_demonstrations_in_homes_that_are_to_be_unseen_are_refused(room, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("NAVAGENT_DEBUG", "0")
+    file = tmp_path / "mine.demos"
+    homes, others = (write_rooms(room, tmp_path / name, (name,)) for name in ("seen", "unseen"))
+    shutil.rmtree(homes / "episodes" / "val")
+    for folder in (Path("episodes", "val"), Path("scenes", "unseen")):
+        shutil.copytree(others / folder, homes / folder)
+    world = [f"scenes.dataset={homes}", "env.max_steps=60"]
+    for split, status in (("val", 2), ("train", 0)):
+        file.unlink(missing_ok=True)
+        assert main(["demos", "record", str(file), "--split", split, "--number", "4", *world]) == 0
+        cloning = "imitation=behaviour_cloning", f"imitation.demos={file}", "algorithm.total_frames=32"
+        assert main(["imitate", *words(homes, tmp_path / "run", *cloning)]) == status
+    told = capsys.readouterr().err
+    assert "1 homes of split 'val' (scenes/unseen/unseen.glb)" in told and "scenes.val_split" in told
 
 
 def test_more_agents_than_demonstrations_are_refused(room, tmp_path):

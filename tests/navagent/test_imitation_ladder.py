@@ -175,11 +175,20 @@ def test_differences_are_to_features_with_the_same_demonstrations_and_seed():
 
 
 def test_settings_reach_the_trainings_they_mean_something_for(tmp_path):
-    given = ("imitation.decay=0.5", "imitation.store_features=true", "sensors=depth", "sensors.height=32")
+    given = (
+        "imitation.share=0.5",
+        "imitation.store_features=true",
+        "sensors=depth",
+        "sensors.height=32",
+        "algorithm.vf_coef=0.1",
+    )
     config = LadderConfig(tmp_path, given)
     cloning, dagger = config.words(Job("lora", 49, 2)), config.words(Job("blind", None, 2))
     assert given[0] in dagger and given[0] not in cloning
     assert given[1] in cloning and given[1] not in dagger
+    assert given[4] in dagger and given[4] not in cloning
+    for words in (cloning, dagger):
+        assert load_config(words, "imitate").run_dir == words[-1].removeprefix("run_dir=")
     assert {"adaptation=lora", "sensors=depth", "imitation.num_demos=49", "seed=2"} <= set(cloning)
     assert {"sensors=blind", "sensors.height=32", "imitation=dagger"} <= set(dagger)
     assert "sensors=depth" not in dagger

@@ -1046,6 +1046,10 @@ def meaningless(config: TrainConfig) -> dict[str, str]:
     elif imitation.frames == 0:
         lesson = (*MIXTURE, "imitation.minibatches", "imitation.inflection_weight")
         dead |= dict.fromkeys(lesson, "imitation.frames=0")
+        if config.start_from is None:
+            # There is no imitated policy to be pulled to.
+            pull = ("algorithm.anchor_coef", "algorithm.anchor_frames")
+            dead |= dict.fromkeys(pull, "imitation.frames=0 and without start_from=RUN")
     if config.simulator.name == "raycast":
         workers = [name for name in flatten(config) if name.startswith("simulator.")]
         dead |= dict.fromkeys((name for name in workers if name != "simulator.name"), "simulator=raycast")

@@ -461,7 +461,7 @@ def test_wrong_arguments_are_one_message_and_status_2(arguments, message, capsys
 
 def test_without_an_expert_its_settings_mean_nothing(capsys, monkeypatch):
     monkeypatch.setenv("NAVAGENT_DEBUG", "0")
-    for word in ("imitation.share=0.5", "imitation.inflection_weight=3.0"):
+    for word in ("imitation.share=0.5", "imitation.inflection_weight=3.0", "algorithm.anchor_coef=0.1"):
         assert main(["train", "imitation.frames=0", word]) == 2
         assert f"{word} means nothing with imitation.frames=0" in capsys.readouterr().err
 

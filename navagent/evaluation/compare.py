@@ -21,7 +21,7 @@ from navagent.evaluation.curves import Curve, draw_comparison, evaluations
 from navagent.evaluation.metrics import Estimate, paired_difference, summarise, to_json
 from navagent.evaluation.report import read_evaluations
 from navagent.evaluation.results import EpisodeResult, read_results
-from navagent.runs import Run
+from navagent.runs import Run, read_checkpoint
 
 COMPARED = ("success", "spl")
 """Measures that are compared."""
@@ -136,8 +136,18 @@ def _contestant(word: str, split: str | None) -> Contestant:
         )
     name = name if equals else run.path.resolve().name
     before, beginning = _beginning(run, config)
-    curve = Curve(name, run.read_metrics(), before, summarise(results), beginning)
+    evaluated = _frames_of(run, str(evaluation.summary["checkpoints"]["run"]))
+    final_frames = None if evaluated is None else before + evaluated
+    curve = Curve(name, run.read_metrics(), before, summarise(results), final_frames, beginning)
     return Contestant(name, run, config, results, evaluation.summary, curve)
+
+
+def _frames_of(run: Run, checkpoint: str) -> int | None:
+    """Frames of the run that are in a checkpoint of it; None where that is gone."""
+    file = run.checkpoint_dir / checkpoint
+    if file.stem.isdigit():
+        return int(file.stem)
+    return int(read_checkpoint(file)["frames"]) if file.is_file() else None
 
 
 def _beginning(run: Run, config: TrainConfig) -> tuple[int, tuple[Curve, ...]]:
@@ -224,6 +234,7 @@ def _numbers(one: Contestant) -> dict[str, Any]:
         "frames_before": one.curve.before,
         "frames": int(one.curve.frames),
         "checkpoint": one.summary["checkpoints"]["run"],
+        "checkpoint_frames": one.curve.final_frames,
         "measures": to_json(one.curve.final),
         "while_training": {
             "episodes": one.config.evaluation.num_episodes,
@@ -284,6 +295,12 @@ def _notes(contestants: Sequence[Contestant]) -> list[str]:
     if max(frames) - min(frames) > SAME_BUDGET * max(frames):
         notes.append(f"- The budgets differ: {min(frames):,.0f} to {max(frames):,.0f} frames.")
     for one in contestants:
+        evaluated = one.curve.final_frames
+        if evaluated is not None and evaluated < one.curve.frames:
+            notes.append(
+                f"- Of {one.name} the agent after {evaluated:,.0f} frames was evaluated, the best by then; "
+                f"`navagent evaluate {one.run.path} --checkpoint latest` takes the last."
+            )
         if one.began is not None:
             start, lowest, when = one.began
             notes.append(

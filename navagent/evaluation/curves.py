@@ -121,6 +121,8 @@ class Curve:
     """Frames that were trained before the first line."""
     final: Mapping[str, Estimate] | None = None
     """Measures of the final evaluation."""
+    final_frames: float | None = None
+    """Frames behind the agent of the final evaluation, which may be an earlier one; all frames if None."""
     beginning: tuple[Curve, ...] = ()
     """Those of the runs that it began as, drawn dashed."""
 
@@ -148,7 +150,8 @@ def draw_comparison(curves: Sequence[Curve], path: str | Path, theme: Theme = LI
             # Named even where nothing was evaluated while training.
             axes.plot([], [], color=colour, marker="o", markersize=4, linewidth=1.6, label=curve.name)
             if curve.final is not None:
-                _draw_final(axes, curve.final[measure], curve.frames, colour)
+                frames = curve.frames if curve.final_frames is None else curve.final_frames
+                _draw_final(axes, curve.final[measure], frames, colour)
         axes.set_xlabel("frames in all (diamonds: final evaluation)", color=theme.faint)
         axes.xaxis.label.set_fontsize(8)
         axes.set_ylim(-0.02, 1.02)

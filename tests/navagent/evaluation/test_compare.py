@@ -12,7 +12,7 @@ from navagent.evaluation.compare import CompareOptions, compare_runs
 from navagent.evaluation.curves import Curve, draw_comparison, evaluations
 from navagent.evaluation.metrics import summarise, to_json
 from navagent.evaluation.results import write_results
-from navagent.runs import Origin, Run, RunError
+from navagent.runs import Origin, Run, RunError, write_checkpoint
 
 EPISODES = 24
 
@@ -126,6 +126,22 @@ def test_runs_that_were_evaluated_otherwise_are_refused(
     assert main(["compare", str(one.path), str(other.path), "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_agent_that_was_evaluated_may_be_an_earlier_one(runs, tmp_path, capsys):
+    both, imitated, _ = runs
+    assert main(["compare", str(both.path), str(imitated.path), "--out", str(tmp_path / "unknown")]) == 0
+    assert "was evaluated, the best by then" not in capsys.readouterr().out
+    for run, frames in ((both, 500), (imitated, 2000)):
+        write_checkpoint(run.checkpoint_dir / "best.safetensors", {"frames": frames})
+    assert main(["compare", str(both.path), str(imitated.path), "--out", str(tmp_path / "known")]) == 0
+    said = capsys.readouterr().out
+    assert "Of both the agent after 1,500 frames was evaluated" in said
+    assert "Of imitated" not in said
+    found = json.loads((tmp_path / "known" / "results.json").read_text())["runs"]
+    assert {name: one["checkpoint_frames"] for name, one in found.items()} == {"both": 1500, "imitated": 2000}
+    drawn = [cv2.imread(str(tmp_path / name / "plot.png")) for name in ("unknown", "known")]
+    assert not np.array_equal(*drawn)
 
 
 def test_what_agents_learned_from_and_how_long_may_differ(make_run, tmp_path):

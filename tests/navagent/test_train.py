@@ -286,6 +286,8 @@ def test_statistics_of_a_distilled_side_network_stay_after_resuming_too(room, tm
         "algorithm.num_steps=4",
         "algorithm.epochs=1",
         "imitation.frames=0",
+        "algorithm.anchor_coef=0",
+        "algorithm.anchor_frames=0",
         "evaluation.every_frames=0",
     ]
     straight = train(settings(room, tmp_path / "straight", *asked), silent())
@@ -521,6 +523,8 @@ def test_what_chooses_routes_learns_at_its_own_rate_under_the_schedule_and_after
         "algorithm.learning_rate_schedule=linear",
         "algorithm.total_frames=64",
         "imitation.frames=0",
+        "algorithm.anchor_coef=0",
+        "algorithm.anchor_frames=0",
         "algorithm.epochs=1",
         "algorithm.num_minibatches=1",
         "evaluation.every_frames=0",

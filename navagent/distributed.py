@@ -531,12 +531,12 @@ class _Watch(threading.Thread):
         self._store = store
         self._launch = launch
         self._stopped = threading.Event()
-        here = processes[launch.rank]["host"]
-        # Elsewhere, or behind another container's walls, the system cannot be asked.
+        here = processes[launch.rank]["system"]
+        # Of processes elsewhere, or behind another container's walls, the system knows nothing.
         self._neighbours = {
             rank: process
             for rank, process in enumerate(processes)
-            if rank != launch.rank and process["host"] == here and _alive(process)
+            if rank != launch.rank and process["system"] == here
         }
 
     def stop(self) -> None:
@@ -625,7 +625,16 @@ def _identity(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         # Its number is no name: processes may see other GPUs under the same numbers.
         gpu = f"{host} {torch.cuda.get_device_properties(device).uuid}"
-    return {"host": host, "pid": pid, "started": _started(pid), "gpu": gpu}
+    return {"system": _system(host), "pid": pid, "started": _started(pid), "gpu": gpu}
+
+
+def _system(host: str) -> str:
+    """A name for the list of processes that this one is on; containers of a machine have their own."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{host} {boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return host
 
 
 def _alive(process: Mapping[str, Any]) -> bool:

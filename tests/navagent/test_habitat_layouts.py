@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from one_room import SHORT
 
 from envs.episodes import read_dataset, write_dataset
 from envs.simulators.base import SensorSpec
@@ -233,19 +234,7 @@ def test_agents_train_in_a_data_set(homes, tmp_path, name):
         "simulator.workers=1",
         f"run_dir={run}",
         "sensors=depth",
-        "sensors.height=36",
-        "sensors.width=36",
-        "encoder=simple_cnn",
-        "adaptation=scratch",
-        "encoder.image_features=8",
-        "memory.hidden_size=8",
-        "env.max_steps=12",
-        "algorithm.total_frames=48",
-        "algorithm.num_envs=3",
-        "algorithm.num_steps=8",
-        "algorithm.num_minibatches=1",
-        "imitation.frames=0",
-        "evaluation.every_frames=0",
+        *SHORT,
         "evaluation.final_episodes=3",
         "evaluation.baselines=expert",
         "evaluation.maps=0",

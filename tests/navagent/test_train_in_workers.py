@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from killed_training import numbers
-from one_room import write_one_room
+from one_room import SHORT, write_one_room
 from rich.console import Console
 
 from envs.simulators.workers.pool import Body, WorkerDiedWarning
@@ -45,19 +45,7 @@ def settings(room, path, *overrides):
             f"run_dir={path}",
             "sensors=blind",
             "sensors.depth=true",
-            "encoder=simple_cnn",
-            "adaptation=scratch",
-            "encoder.image_features=8",
-            "sensors.height=36",
-            "sensors.width=36",
-            "memory.hidden_size=8",
-            "env.max_steps=12",
-            "algorithm.total_frames=48",
-            "algorithm.num_envs=3",
-            "algorithm.num_steps=8",
-            "algorithm.num_minibatches=1",
-            "imitation.frames=0",
-            "evaluation.every_frames=0",
+            *SHORT,
             "evaluation.final_episodes=0",
             *overrides,
         ]

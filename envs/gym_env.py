@@ -15,7 +15,9 @@ class PointNavEnv(gym.Env[Observations, np.int64]):
     """One agent that navigates to points: a :class:`~envs.vector_env.PointNavVectorEnv` of one.
 
     Every step's info holds the measures so far, as Habitat's does: ``distance_to_goal``, ``success``,
-    ``spl``, ``soft_spl``, ``collisions``, ``path_length``, and ``episode_id`` and ``scene_id``.
+    ``spl``, ``soft_spl``, ``collisions``, ``path_length``, and ``episode_id`` and ``scene_id``. Where the
+    simulator's process died, the episode is truncated, the info holds ``interrupted`` (true) and the measures
+    are no result: the next reset begins the same episode again.
 
     Args:
         env: a batch of one with numpy output and autoreset disabled.
@@ -60,13 +62,13 @@ class PointNavEnv(gym.Env[Observations, np.int64]):
 
     def step(self, action: Any) -> tuple[Observations, float, bool, bool, dict[str, Any]]:
         """Takes one action: 0 stop, 1 forward, 2 left, 3 right; without stop where that is automatic."""
-        observations, reward, terminated, truncated, _ = self.vector_env.step(np.array([action]))
+        observations, reward, terminated, truncated, infos = self.vector_env.step(np.array([action]))
         return (
             self._first(observations),
             float(reward[0]),
             bool(terminated[0]),
             bool(truncated[0]),
-            self._info(),
+            self._info() | ({"interrupted": True} if "interrupted" in infos else {}),
         )
 
     def render(self) -> np.ndarray | None:

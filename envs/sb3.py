@@ -22,7 +22,8 @@ class SB3VecEnv(VecEnv):
     Several batched environments count as one with the agents of all, in order.
 
     Infos of ended episodes hold ``terminal_observation``, ``TimeLimit.truncated``, ``is_success``, and an
-    ``episode`` like ``Monitor``'s, ``r``, ``l`` and ``t``, with the task's measures beside them.
+    ``episode`` like ``Monitor``'s, ``r``, ``l`` and ``t``, with the task's measures beside them. An episode
+    that begins again because its simulator's process died has only the first two, and ``interrupted``.
 
     Args:
         vector_envs: the batched environments, with same-step autoreset and the same observations and
@@ -90,13 +91,18 @@ class SB3VecEnv(VecEnv):
         infos: list[dict[str, Any]] = [{} for _ in range(vector_env.num_envs)]
         if done.any():
             final = _numpy(batch["final_obs"])
-            episode = _numpy(batch["episode"])
+            interrupted = _numpy(batch.get("interrupted", np.zeros_like(done)))
             elapsed = round(time.monotonic() - self._started, 6)
             for agent in np.flatnonzero(done):
-                measures = {name: value[agent].item() for name, value in episode.items()}
                 infos[agent] = {
                     "terminal_observation": {name: value[agent].copy() for name, value in final.items()},
                     "TimeLimit.truncated": bool(truncated[agent]),
+                }
+                if interrupted[agent]:
+                    infos[agent]["interrupted"] = True
+                    continue
+                measures = {name: value[agent].item() for name, value in batch["episode"].items()}
+                infos[agent] |= {
                     "episode": measures | {"t": elapsed},
                     "is_success": bool(measures["success"]),
                     "episode_id": batch["episode_id"][agent],

@@ -51,6 +51,13 @@ class PointNavVectorEnv(VectorEnv[Observations, Any, Any]):
     and, with same-step autoreset, ``final_obs``, a full batch that holds the last observations of the ended
     episodes and the current ones of all others.
 
+    Where a process of the simulator died and was started again
+    (:meth:`envs.simulators.base.Simulator.take_deaths`), the episodes of its agents begin again. For such an
+    agent the step is a truncation, with its last observation where the autoreset mode has that of others, and
+    its next reset leads to the start of the same episode. What it had done of it is no result and is not in
+    ``_episode``; infos then hold ``interrupted``, (N,) bool, and :attr:`interruptions` counts. An episode
+    that ended by itself in this step has ended, and one at its start has nothing to begin again.
+
     Agents that get no further episode (a sampler that hands each out once) stand still and earn nothing:
     see :attr:`active`.
 
@@ -133,6 +140,9 @@ class PointNavVectorEnv(VectorEnv[Observations, Any, Any]):
         self._previous_action = torch.zeros(self.num_envs, dtype=torch.int64, device=device)
         self._episode = np.full(self.num_envs, NO_EPISODE, dtype=np.int64)
         self._ended = np.zeros(self.num_envs, dtype=bool)  # ended and not yet reset (next-step, disabled)
+        self._again = np.zeros(self.num_envs, dtype=bool)  # whose next episode is the one that they had
+        self.interruptions = 0
+        """How many episodes began again because a process of the simulator died."""
         episodes = sampler.episodes
         values = partial(torch.tensor, dtype=torch.float32, device=device)
         self._starts = values([episode.start_position for episode in episodes])
@@ -148,7 +158,7 @@ class PointNavVectorEnv(VectorEnv[Observations, Any, Any]):
         """Starts the next episode of every agent, or of those in ``options["reset_mask"]`` (N,) bool.
 
         With a seed, or where the sampler hands out each episode once, the episodes start from the first
-        again.
+        again. Otherwise the next episode of an agent that was interrupted is the one that it had.
         """
         super().reset(seed=seed)
         mask = np.ones(self.num_envs, dtype=bool)
@@ -158,6 +168,7 @@ class PointNavVectorEnv(VectorEnv[Observations, Any, Any]):
                 raise ValueError(f"reset_mask has shape {mask.shape}, expected ({self.num_envs},)")
         elif seed is not None or self.sampler.mode == "once":
             self.sampler.restart(seed)
+            self._again[:] = False
             self._load_scenes()
         if seed is not None:
             self._seed_noise(seed)
@@ -180,6 +191,8 @@ class PointNavVectorEnv(VectorEnv[Observations, Any, Any]):
                 f"the episodes of agents {np.flatnonzero(self._ended).tolist()} have ended; with autoreset "
                 'disabled, call reset(options={"reset_mask": mask}) for them first'
             )
+        # Processes may also have died since the last step, for whoever asked what the expert would do.
+        deserted = self._deserted()
         self._previous_action = torch.where(self.task.active, actions + 1, 0)
         reward, terminated, truncated = self.task.step(actions)
         done = (terminated | truncated).cpu().numpy()
@@ -188,13 +201,22 @@ class PointNavVectorEnv(VectorEnv[Observations, Any, Any]):
             wanted = done
             if self.final_observations == "truncated":
                 wanted = (truncated & ~terminated).cpu().numpy()
-            observations = self._restart_same_step(done, wanted, infos)
+            observations, interrupted = self._restart_same_step(done, wanted, deserted, infos)
         else:
             # With next-step autoreset, agents whose last step ended their episode start the next one now.
             self._start_episodes(np.flatnonzero(self._ended))
-            self._ended = done
             self._rotate_scenes()
             observations = self._observe()
+            interrupted = self._deserted(deserted)
+            if interrupted.any():
+                self._again |= interrupted
+                self.task.active[self._indices(interrupted)] = False
+            self._ended = done | interrupted
+        if interrupted.any():
+            self.interruptions += int(interrupted.sum())
+            mask = torch.from_numpy(interrupted).to(self.simulator.device)
+            truncated = truncated | mask
+            infos |= {"interrupted": self._out(mask), "_interrupted": self._out(mask.clone())}
         return (
             self._out(observations),
             self._out(reward),
@@ -252,6 +274,7 @@ class PointNavVectorEnv(VectorEnv[Observations, Any, Any]):
             "previous_action": self._previous_action.clone(),
             "episode": self._episode.tolist(),
             "ended": self._ended.tolist(),
+            "again": self._again.tolist(),
             "sensor_noise": self._noise_before.clone(),
             "motion_noise": self._motion_generator.get_state(),
         }
@@ -268,6 +291,8 @@ class PointNavVectorEnv(VectorEnv[Observations, Any, Any]):
         self._previous_action = state["previous_action"].to(self.simulator.device).clone()
         self._episode = np.array(state["episode"], dtype=np.int64)
         self._ended = np.array(state["ended"], dtype=bool)
+        # States of earlier versions have none.
+        self._again = np.array(state.get("again", [False] * self.num_envs), dtype=bool)
         for generator, saved in (
             (self._sensor_generator, state["sensor_noise"]),
             (self._motion_generator, state["motion_noise"]),
@@ -286,12 +311,13 @@ class PointNavVectorEnv(VectorEnv[Observations, Any, Any]):
             self.simulator.load_scenes(wanted)
 
     def _start_episodes(self, agents: np.ndarray) -> None:
-        """Gives agents (M,) their next episodes; those that get none stand still."""
+        """Gives agents (M,) their next episodes, or again their own; those that get none stand still."""
         if not agents.size:
             return
-        drawn = np.array(self.sampler.next(agents.tolist()), dtype=np.int64)
-        self._episode[agents] = drawn
-        self._ended[agents] = False
+        others = agents[~self._again[agents]]
+        self._episode[others] = np.array(self.sampler.next(others.tolist()), dtype=np.int64)
+        drawn = self._episode[agents]
+        self._ended[agents] = self._again[agents] = False
         device = self.simulator.device
         indices = torch.from_numpy(agents).to(device)
         self._previous_action[indices] = 0
@@ -307,23 +333,47 @@ class PointNavVectorEnv(VectorEnv[Observations, Any, Any]):
                 self._goals[episodes],
             )
 
-    def _restart_same_step(self, done: np.ndarray, wanted: np.ndarray, infos: dict[str, Any]) -> Observations:
-        """Starts the next episodes of agents that are done, and returns the new observations.
+    def _restart_same_step(
+        self, done: np.ndarray, wanted: np.ndarray, deserted: np.ndarray, infos: dict[str, Any]
+    ) -> tuple[Observations, np.ndarray]:
+        """Starts the next episodes of agents that are done, and again those of agents that are deserted.
 
-        Adds the last observations of those episodes that are ``wanted`` to infos.
+        Adds the last observations of those episodes that are ``wanted``, and of the deserted, to infos.
+        Returns the new observations, and whose episode began again: (N,) bool.
         """
-        last = None
+        interrupted = np.zeros_like(done)
+        last: list[tuple[Tensor, Observations]] = []
         if wanted.any():
-            indices = torch.from_numpy(np.flatnonzero(wanted)).to(self.simulator.device)
-            last = self._observe(indices)
+            indices = self._indices(wanted)
+            last.append((indices, self._observe(indices)))
         self._start_episodes(np.flatnonzero(done))
         self._rotate_scenes()
         observations = self._observe()
-        if last is not None:
-            final = {name: value.index_copy(0, indices, last[name]) for name, value in observations.items()}
+        # Drawing, and starting episodes, can cost further processes.
+        while (deserted := self._deserted(deserted)).any():
+            indices = self._indices(deserted)
+            last.append((indices, {name: value[indices] for name, value in observations.items()}))
+            self._again |= deserted
+            self._start_episodes(np.flatnonzero(deserted))
+            observations = self._observe()
+            interrupted |= deserted
+        if last:
+            final = observations
+            for indices, seen in last:
+                final = {name: value.index_copy(0, indices, seen[name]) for name, value in final.items()}
             infos["final_obs"] = self._out(final)
-            infos["_final_obs"] = self._out(torch.from_numpy(wanted))
-        return observations
+            infos["_final_obs"] = self._out(torch.from_numpy(wanted | interrupted))
+        return observations, interrupted
+
+    def _deserted(self, known: np.ndarray | None = None) -> np.ndarray:
+        """Agents in the midst of an episode whose process died, now or as is ``known``: (N,) bool."""
+        died = self.simulator.take_deaths()
+        if known is not None:
+            died = died | known
+        if died.any():
+            # An episode at its start has lost nothing.
+            died &= (self.task.active & (self.task.measured.steps > 0)).cpu().numpy()
+        return died
 
     def _rotate_scenes(self) -> None:
         """Lets the sampler exchange scenes, and serves agents that waited for one."""
@@ -422,6 +472,10 @@ class PointNavVectorEnv(VectorEnv[Observations, Any, Any]):
                 f"actions {tensor.tolist()} must lie between 0 and {self.config.num_actions - 1}"
             )
         return tensor.to(self.simulator.device, torch.int64)
+
+    def _indices(self, mask: np.ndarray) -> Tensor:
+        """Agents of a mask (N,) as indices on the simulator's device."""
+        return torch.from_numpy(np.flatnonzero(mask)).to(self.simulator.device)
 
     def _seed_noise(self, seed: int) -> None:
         # Agents of another process must not see the same noise.

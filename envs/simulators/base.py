@@ -15,8 +15,11 @@ from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
+import numpy as np
+
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor
 
 SensorKind = Literal["rgb", "depth", "normals", "instance"]
@@ -189,6 +192,13 @@ class Simulator(ABC):
         y up, z towards the viewer), 0 where nothing was hit; instance (N, height, width) int32, 0 where
         nothing was hit.
         """
+
+    def take_deaths(self) -> NDArray[np.bool_]:
+        """Which agents' process died and was started again since this was last asked: (N,) bool.
+
+        The agents are where they were all the same, and can go on; always none where there are no processes.
+        """
+        return np.zeros(self.num_agents, dtype=bool)
 
     @abstractmethod
     def close(self) -> None:

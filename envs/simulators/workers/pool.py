@@ -111,6 +111,7 @@ class WorkerPool:
         self.max_restarts = max_restarts
         self.restarts = 0
         """Deaths that were made good."""
+        self._died: list[int] = []
         self._sensors = [asdict(sensor) for sensor in sensors]
         self._num_agents = num_agents
         _, length = child.layout(self._sensors, num_agents)
@@ -140,6 +141,11 @@ class WorkerPool:
     def process_ids(self) -> list[int]:
         """Of the workers as they are now."""
         return [worker.process.pid for worker in self._workers]
+
+    def take_deaths(self) -> list[int]:
+        """Numbers of the workers that died and were started again since this was last asked."""
+        died, self._died = self._died, []
+        return died
 
     def set_scenes(self, files: Mapping[int, Path]) -> None:
         """Tells all workers which scenes there are, by number; each loads one when it needs it."""
@@ -298,9 +304,10 @@ class WorkerPool:
             self.close()
             raise SimulatorError(f"{death}. It is not started again: {too_many}{self._advice()}")
         self.restarts += 1
+        self._died.append(worker.number)
         warnings.warn(
-            f"{death}. Started again ({self.restarts} of at most {self.max_restarts} times); its agents go "
-            "on where they were",
+            f"{death}. Started again ({self.restarts} of at most {self.max_restarts} times); its agents' "
+            "episodes begin again",
             WorkerDiedWarning,
             stacklevel=2,
         )

@@ -36,8 +36,8 @@ class WorkerSimulator(Simulator):
 
     Each worker serves an equal share of the agents, and loads a scene when the first of them is in it. Agents
     that have moved are drawn at once, while the task is still being judged, where the last pictures were
-    looked at too. What dies is started again, see :class:`envs.simulators.workers.pool.WorkerPool`; nothing
-    is lost by it, since all that an agent does is known here.
+    looked at too. What dies is started again, see :class:`envs.simulators.workers.pool.WorkerPool`, and still
+    answers what it was asked, since all that an agent does is known here; :meth:`take_deaths` tells of it.
 
     Args:
         scenes: The resident scenes.
@@ -184,6 +184,10 @@ class WorkerSimulator(Simulator):
         # Indexing with numbers copies.
         chosen = {name: array.copy() if agents is None else array[rows] for name, array in images.items()}
         return {name: torch.from_numpy(array).to(self.device) for name, array in chosen.items()}
+
+    def take_deaths(self) -> NDArray[np.bool_]:
+        """Which agents' worker died and was started again since this was last asked: (N,) bool."""
+        return np.isin(self._home, self._pool.take_deaths())
 
     def close(self) -> None:
         """Ends the workers; calling it twice is harmless."""

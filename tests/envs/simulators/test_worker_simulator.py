@@ -1,4 +1,4 @@
-"""Simulators in worker processes: equal to those in this one, whatever dies."""
+"""Simulators in worker processes: equal to those in this one, and answering whatever dies."""
 
 import contextlib
 import dataclasses
@@ -204,19 +204,21 @@ def test_a_broken_scene_is_refused_with_its_name_and_nobody_dies(flat):
         ("memory@draw", "ended with status 1: MemoryError: 4 GB too few"),
     ],
 )
-def test_a_worker_that_dies_is_reported_in_its_words_and_nothing_is_lost(flat, accident, told):
+def test_a_worker_that_dies_is_reported_in_its_words_and_answers_all_the_same(flat, accident, told):
     simulator = flat("", accident)
     before = simulator.process_ids
     place(simulator, -2.0, [0, 0, 0, 1])
-    with pytest.warns(
-        WorkerDiedWarning, match=f"flat worker 1 .*{told}.*Started again .1 of at most 10 times"
-    ):
+    assert not simulator.take_deaths().any()
+    again = "Started again .1 of at most 10 times.; its agents' episodes begin again"
+    with pytest.warns(WorkerDiedWarning, match=f"flat worker 1 .*{told}.*{again}"):
         simulator.render()
         simulator.step(torch.full((4,), int(Action.MOVE_FORWARD)))
         seen = simulator.render()
     assert seen["depth"][:, 0, 0].tolist() == [-2, -1, 0, 1]
     assert simulator.position[:, 2].tolist() == [-0.25, 0.75, 1.75, 2.75]
     assert simulator.restarts == 1
+    assert simulator.take_deaths().tolist() == [False, False, True, True]
+    assert not simulator.take_deaths().any()  # that was told
     after = simulator.process_ids
     assert after[0] == before[0] and after[1] != before[1] and gone(before[1])
 

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -502,15 +502,11 @@ class Trainer(BaseCallback):
     def _on_rollout_end(self) -> None:
         self.logger.record("time/trained_seconds", self.trained_seconds + time.monotonic() - self._clock)
         if self.config.simulator.name != "raycast":
-            restarts = sum(env.simulator.restarts for env in self._simulated())
-            self.logger.record("time/simulator_restarts", restarts)
+            envs = simulated([*self.vector_envs, self._val_env])
+            self.logger.record("time/simulator_restarts", sum(env.simulator.restarts for env in envs))
+            self.logger.record("time/episodes_begun_again", sum(env.interruptions for env in envs))
         if self.curriculum is not None:
             self.logger.record("rollout/max_geodesic", self.vector_envs[0].sampler.max_geodesic)
-
-    def _simulated(self) -> list[PointNavVectorEnv]:
-        """The environments of this training that have a simulator."""
-        envs = [*self.vector_envs, self._val_env]
-        return [env for env in envs if isinstance(env, PointNavVectorEnv)]
 
     def on_update_end(self) -> bool:
         """Called by the algorithm after each update; False ends the training."""
@@ -829,16 +825,18 @@ def plan(
     return table
 
 
+def simulated(envs: Iterable[Any]) -> list[PointNavVectorEnv]:
+    """Those of some environments that have a simulator, and those that replay demonstrations for others."""
+    worlds = [env.stream.simulated if isinstance(env, DemonstratedVectorEnv) else env for env in envs]
+    return [world for world in worlds if isinstance(world, PointNavVectorEnv)]
+
+
 def simulator_line(config: TrainConfig, model: SequenceLearner) -> str:
     """What simulates the world, in words."""
     if config.simulator.name == "raycast":
         return "built in"
     worlds = model.env.vector_envs  # type: ignore[union-attr]
-    workers = sum(
-        w.stream.worker_processes if isinstance(w, DemonstratedVectorEnv) else len(w.simulator.process_ids)
-        for w in worlds
-        if isinstance(w, DemonstratedVectorEnv | PointNavVectorEnv)
-    )
+    workers = sum(len(world.simulator.process_ids) for world in simulated(worlds))
     gpus = simulator_gpus(config, max(1, workers))
     where = "in software" if set(gpus) == {-1} else f"on GPUs {', '.join(map(str, sorted(set(gpus))))}"
     return f"habitat-sim in {workers} worker processes, drawing {where}"

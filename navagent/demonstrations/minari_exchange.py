@@ -131,7 +131,7 @@ def _episodes(replay: Replay) -> Iterator[tuple[int, Any]]:
     """Each demonstration's row and Minari's buffer of it, as they come to their ends."""
     from minari.data_collector.episode_buffer import EpisodeBuffer
 
-    running = [_Columns() for _ in range(replay.env.num_envs)]
+    running: dict[int, _Columns] = {}
     for step in replay_once(replay):
         seen = _numpy(step.observations)
         last = _numpy(step.final_observations or {})
@@ -140,6 +140,9 @@ def _episodes(replay: Replay) -> Iterator[tuple[int, Any]]:
         )
         actions = step.actions.tolist()
         for agent in np.flatnonzero(step.rows >= 0).tolist():
+            if step.steps[agent] == 0:
+                # Its first, or begun again: what came before it is whole, or is not wanted.
+                running[agent] = _Columns()
             columns = running[agent]
             columns.observations.append({name: value[agent] for name, value in seen.items()})
             columns.actions.append(actions[agent])
@@ -162,7 +165,6 @@ def _episodes(replay: Replay) -> Iterator[tuple[int, Any]]:
                     truncations=columns.truncated,
                 ),
             )
-            running[agent] = _Columns()
 
 
 def _numpy(observations: dict[str, Tensor]) -> dict[str, NDArray[Any]]:

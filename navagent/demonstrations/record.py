@@ -236,12 +236,12 @@ def _play(env: PointNavVectorEnv, agent: Agent, seed: int) -> Iterator[Demonstra
         current = env.current_episodes()
         actions = agent.act(observations, starts)
         taken.append(actions.cpu().numpy() + offset)
-        observations, _, terminated, truncated, infos = env.step(actions)
-        ended = torch.as_tensor(terminated) | torch.as_tensor(truncated)
-        if not bool(ended.any()):
+        observations, *_, infos = env.step(actions)
+        # What an agent did of an episode that begins again is no demonstration.
+        if "_episode" not in infos:
             continue
         measures = {name: value.tolist() for name, value in infos["episode"].items()}
-        for index in torch.nonzero(ended).flatten().tolist():
+        for index in torch.nonzero(torch.as_tensor(infos["_episode"])).flatten().tolist():
             steps = slice(int(since[index]), len(poses))
             length = steps.stop - steps.start
             ends = steps.start + np.minimum(np.arange(BLOCK, length + BLOCK, BLOCK), length) - 1

@@ -104,20 +104,24 @@ class Replay:
     def advance(self) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor, dict[str, Any]]:
         """Does the next step of every agent; returns what the environment's ``step`` does.
 
+        A demonstration that is interrupted by the death of a simulator's process begins again.
+
         Raises:
             DemonstrationError: a demonstration goes elsewhere, or ends at another step, than it did.
         """
         outcome = self.env.step(self.actions())
-        _, _, terminated, truncated, infos = outcome
-        ended = (terminated | truncated).cpu().numpy()
+        infos = outcome[-1]
+        nobody = torch.zeros(len(self.rows), dtype=torch.bool)
+        ended = infos.get("_episode", nobody).cpu().numpy()
+        again = infos.get("interrupted", nobody).cpu().numpy()
         expected = self.active & (self.steps + 1 == self._length[self.rows])
-        if (wrong := np.flatnonzero(ended != expected)).size:
+        if (wrong := np.flatnonzero((ended != expected) & ~again)).size:
             agent = int(wrong[0])
             how = "ends early" if ended[agent] else "does not end"
             self._refuse(agent, int(self.steps[agent]) // BLOCK, f"{how} at step {self.steps[agent]}")
         if ended.any():
             self._check_paths(np.flatnonzero(ended), infos["episode"]["path_length"].cpu().numpy())
-        self.steps = np.where(ended, 0, self.steps + 1)
+        self.steps = np.where(ended | again, 0, self.steps + 1)
         self._arrive()
         return outcome
 
@@ -221,7 +225,7 @@ class ReplayedStep:
     terminated: Tensor
     """(N,) bool."""
     truncated: Tensor
-    """(N,) bool."""
+    """(N,) bool; false where a demonstration was interrupted, and its first step comes again."""
     final_observations: dict[str, Tensor] | None
     """Where a demonstration ended, what the agent perceives last, by name: (N, ...); None where none did."""
 
@@ -232,6 +236,8 @@ def replay_once(replay: Replay) -> Iterator[ReplayedStep]:
     while replay.active.any():
         rows, steps, actions = replay.rows, replay.steps.copy(), replay.actions()
         following, rewards, terminated, truncated, infos = replay.advance()
+        if "interrupted" in infos:
+            truncated = truncated & ~infos["interrupted"]
         yield ReplayedStep(
             observations, actions, rows, steps, rewards, terminated, truncated, infos.get("final_obs")
         )
@@ -270,7 +276,7 @@ class ReplayStream(DemonstrationStream):
         self.num_demonstrations = len(demonstrations)
         self.steps_per_pass = int(demonstrations.steps.sum())
         self.scene_ids = frozenset(episode.scene_id for episode in demonstrations.episodes)
-        self.worker_processes = len(env.simulator.process_ids)
+        self.simulated = env
         self.single_observation_space = env.single_observation_space
         self.single_action_space = env.single_action_space
         self.device = env.simulator.device

@@ -27,6 +27,7 @@ from torch import Tensor
 from navagent.demonstrations.recorded import DemonstrationError
 
 if TYPE_CHECKING:
+    from envs.vector_env import PointNavVectorEnv
     from navagent.demonstrations.features import StoredFeatures
 
 
@@ -83,8 +84,8 @@ class DemonstrationStream(ABC):
     """Steps of all of them together."""
     scene_ids: frozenset[str]
     """Scenes that they take place in; none where that is not known."""
-    worker_processes: int = 0
-    """Processes that simulate them, besides this one."""
+    simulated: PointNavVectorEnv | None = None
+    """The environment that replays them; None where nothing is simulated."""
     single_observation_space: spaces.Dict
     """Of one agent; what a policy is built for."""
     single_action_space: spaces.Discrete

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 from gymnasium import spaces
@@ -129,6 +129,15 @@ class Contender:
     """The run it was trained in; None for agents without training."""
 
 
+class Deaths(NamedTuple):
+    """What befell the simulator's processes during an evaluation."""
+
+    restarts: int
+    """Deaths of processes that were started again."""
+    begun_again: int
+    """Episodes that began again because of them."""
+
+
 def evaluate_run(
     options: EvaluateOptions, console: Console | None = None, ranks: Ranks | None = None
 ) -> Path:
@@ -160,14 +169,16 @@ def evaluate_run(
     split = read_split(*split_source(options, config))
     episodes = spread(split.episodes, options.episodes or len(split.episodes))
     scenes = {episode.scene_id: split.scenes[episode.scene_id] for episode in episodes}
-    results = evaluate_contenders(contenders, config, ranks.share(episodes), scenes, options)
+    results, deaths = evaluate_contenders(contenders, config, ranks.share(episodes), scenes, options)
     results = {name: gathered(found, ranks) for name, found in results.items()}
+    counts = ranks.gather(list(deaths))
     # Another simulator's numbers do not take the place of the run's own.
     other = "" if options.simulator in (None, own.simulator.name) else f"-{options.simulator}"
     name = f"{split.name}{other}"
     out = Path(options.out) if options.out else run.path / "evaluation" / name
     if not ranks.first:
         return out
+    restarts, begun_again = (sum(count) for count in zip(*counts, strict=True))
     out.mkdir(parents=True, exist_ok=True)
     summaries = {name: summarise(found, options.seed) for name, found in results.items()}
     shown = contenders[0]
@@ -179,6 +190,8 @@ def evaluate_run(
     first, *others = results.values()
     summary = what_was_evaluated(options, config, name, episodes, checkpoints) | {
         "simulator": config.simulator.name,
+        "simulator_restarts": restarts,
+        "episodes_begun_again": begun_again,
         "agents": {name: to_json(summary) for name, summary in summaries.items()},
         "difference": {
             found[0].agent: to_json(
@@ -194,6 +207,12 @@ def evaluate_run(
     console.print(results_table(summaries, title, console.width))
     if len(drawable) < len(results[shown.name]):
         console.print("pictures only of scenes that are one .glb file: the built-in simulator draws them")
+    if restarts:
+        console.print(
+            f"deaths   {restarts} of the simulator's workers, all started again; "
+            f"episodes that began again: {begun_again}",
+            soft_wrap=True,
+        )
     report = write_report(run)
     console.print(f"results  {out}\nreport   {report}", soft_wrap=True)
     return out
@@ -372,11 +391,11 @@ def evaluate_contenders(
     episodes: list[Episode],
     scenes: dict[str, Path],
     options: EvaluateOptions,
-) -> dict[str, list[EpisodeResult]]:
-    """Results of each contender by name; the baselines share an environment."""
+) -> tuple[dict[str, list[EpisodeResult]], Deaths]:
+    """Results of each contender by name, and what happened meanwhile; the baselines share an environment."""
     if not episodes:
         # There are more processes than episodes.
-        return {contender.name: [] for contender in contenders}
+        return {contender.name: [] for contender in contenders}, Deaths(0, 0)
     scenes = {episode.scene_id: scenes[episode.scene_id] for episode in episodes}
     num_envs = min(config.evaluation.num_envs, len(episodes))
     # Who does not look needs no cameras.
@@ -389,6 +408,14 @@ def evaluate_contenders(
         )
 
     results: dict[str, list[EpisodeResult]] = {}
+    restarts = begun_again = 0
+
+    def close(env: PointNavVectorEnv) -> None:
+        nonlocal restarts, begun_again
+        restarts += env.simulator.restarts
+        begun_again += env.interruptions
+        env.close()
+
     with evaluation_progress() as progress:
         for contender in contenders:
             task = progress.add_task(contender.name, total=len(episodes))
@@ -408,10 +435,10 @@ def evaluate_contenders(
                 )
             finally:
                 if env is not shared:
-                    env.close()
+                    close(env)
     if shared is not None:
-        shared.close()
-    return results
+        close(shared)
+    return results, Deaths(restarts, begun_again)
 
 
 def _draw(

@@ -31,6 +31,8 @@ def evaluate_agent(
     The expert is asked at every step what it would do, and whether the agent does something else is counted.
     What an episode comes to does not depend on the others, nor on how many agents play side by side: random
     actions belong to the episode and its step. Only noise of cameras and motion is drawn for the whole batch.
+    So an episode that begins again, since a process of the simulator died, comes to what it would have come
+    to; of what the agent had done of it before, nothing is kept.
 
     Args:
         env: hands out each episode once (``EpisodeSampler(mode="once")``), with next-step autoreset: the last
@@ -74,13 +76,12 @@ def evaluate_agent(
             actions = agent.act(observations, starts)
             both = torch.stack([actions.to(env.simulator.device), env.expert_actions()], 1)
             choices.append(env.task.simulator_actions(both).cpu().numpy())
-            observations, _, terminated, truncated, infos = env.step(actions)
-            ended = torch.as_tensor(terminated) | torch.as_tensor(truncated)
-            if not bool(ended.any()):
+            observations, *_, infos = env.step(actions)
+            if "_episode" not in infos:
                 continue
             final = _poses(env)
             measures = {name: value.tolist() for name, value in infos["episode"].items()}
-            for index in torch.nonzero(ended).flatten().tolist():
+            for index in torch.nonzero(torch.as_tensor(infos["_episode"])).flatten().tolist():
                 episode = episodes[current[index]]
                 chosen = np.stack([step[index] for step in choices[since[index] :]])
                 track = np.stack([*(step[index] for step in poses[since[index] :]), final[index]])

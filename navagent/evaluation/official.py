@@ -166,7 +166,7 @@ def evaluate_official(options: EvaluateOptions, console: Console, ranks: Ranks) 
             HABITAT: [walk.result(f"{contender.name}, {HABITAT}") for walk in walks],
             REPLAYED: _named(replay(walks, settings, chosen, options.seed), f"{contender.name}, {REPLAYED}"),
             BUILT_IN: _named(
-                evaluate_contenders([contender], config, episodes, chosen, options)[contender.name],
+                evaluate_contenders([contender], config, episodes, chosen, options)[0][contender.name],
                 f"{contender.name}, {BUILT_IN}",
             ),
         }

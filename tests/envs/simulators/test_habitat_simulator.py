@@ -182,6 +182,34 @@ def test_a_killed_worker_changes_no_pixel(reference_dir, habitat):
             for name, image in calm.render().items():
                 assert torch.equal(image, unlucky.render()[name])
     assert unlucky.restarts == 3 and calm.restarts == 0
+    assert unlucky.take_deaths().all() and not calm.take_deaths().any()
+
+
+def test_episodes_of_a_worker_that_crashes_begin_again(reference_dir):
+    env = make_vector_env(
+        4,
+        reference_dir / "pointnav" / "val" / "val.json.gz",
+        "val",
+        reference_dir,
+        observations=["rgb", "depth", "pointgoal_with_gps_compass"],
+        height=16,
+        width=16,
+        max_resident_scenes=2,
+        habitat={"num_workers": 2, "python": PYTHON},
+    )
+    first, _ = env.reset(seed=0)
+    before = env.current_episodes()
+    for actions in ([1, 2, 3, 1], [1, 1, 2, 3]):
+        env.step(np.array(actions))
+    os.kill(env.simulator.process_ids[1], signal.SIGSEGV)
+    with pytest.warns(WorkerDiedWarning, match="SIGSEGV.*its agents' episodes begin again"):
+        observations, _, terminated, truncated, infos = env.step(np.array([1, 1, 2, 2]))
+    assert not terminated.any() and truncated.tolist() == infos["interrupted"].tolist() == [0, 0, 1, 1]
+    assert "_episode" not in infos and env.current_episodes() == before and env.interruptions == 2
+    for name, values in observations.items():
+        assert np.array_equal(values[2:], first[name][2:])
+        assert not np.array_equal(infos["final_obs"][name][2:], first[name][2:])
+    env.close()
 
 
 def test_a_gpu_that_is_not_there_is_told_in_habitats_words():

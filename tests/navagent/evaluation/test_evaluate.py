@@ -1,12 +1,20 @@
 import math
+import os
+import signal
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode
 
+from envs.sampler import EpisodeSampler
 from envs.simulators.base import Action, AgentSpec
+from envs.simulators.workers.pool import Body, WorkerDiedWarning
+from envs.simulators.workers.simulator import WorkerSimulator
 from envs.task import PointNavConfig
+from envs.vector_env import PointNavVectorEnv
 from navagent.evaluation.agents import (
     BASELINES,
     ExpertAgent,
@@ -219,6 +227,56 @@ def test_a_policys_memory_starts_anew_with_each_episode(flat_env, make_episode):
     assert [result.steps for result in results] == [9] * 7
     assert all(result.success for result in results)
     assert policy.mode is False
+
+
+BODIES = Path(__file__).parents[2] / "envs" / "simulators" / "worker_bodies.py"
+
+
+@pytest.mark.parametrize(
+    "make", [RandomAgent, lambda: PolicyAgent(DicePolicy()), lambda: PolicyAgent(MemoryPolicy())]
+)
+def test_killed_workers_change_no_result(make_episode, tmp_path, monkeypatch, make):
+    """Three agents in two workers, of which one dies now and then, play eleven episodes in two rooms."""
+    files = {name: tmp_path / name for name in ("a", "b")}
+    for file in files.values():
+        file.touch()
+    episodes = [make_episode(n, scene="ab"[n // 6], goal=(0.5 * n, 0.0, -2.0 - 0.1 * n)) for n in range(11)]
+    kills = []
+    original = WorkerSimulator.step
+
+    def step(self, actions):
+        original(self, actions)
+        if kills and kills[0] == self.steps:
+            kills.pop(0)
+            os.kill(self.process_ids[self.steps % 2], signal.SIGKILL)
+        self.steps += 1
+
+    monkeypatch.setattr(WorkerSimulator, "step", step)
+    found = []
+    for kills in ([], [0, 3, 4, 15, 22]):
+        sampler = EpisodeSampler(episodes, 3, files, mode="once")
+        body = Body("flat", BODIES, "FlatBody", [{}] * 2)
+        simulator = WorkerSimulator(sampler.resident_scenes, 3, [], body)
+        simulator.steps = 0
+        env = PointNavVectorEnv(
+            simulator,
+            PointNavConfig(max_steps=20),
+            sampler,
+            ["pointgoal"],
+            autoreset_mode=AutoresetMode.NEXT_STEP,
+        )
+        expected = len(kills)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", WorkerDiedWarning)
+            found.append(evaluate_agent(env, make(), seed=3))
+        assert simulator.restarts == expected and (env.interruptions > expected) == (expected > 0)
+        env.close()
+    calm, killed = found
+    assert [result.to_json() for result in killed] == [result.to_json() for result in calm]
+    assert [result.episode_id for result in killed] == [str(n) for n in range(11)]
+    for ours, theirs in zip(killed, calm, strict=True):
+        for name in ("positions", "yaws", "choices"):
+            assert np.array_equal(getattr(ours, name), getattr(theirs, name))
 
 
 def test_spread_takes_evenly_from_the_scenes(make_episode):

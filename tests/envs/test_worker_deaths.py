@@ -51,9 +51,9 @@ def make(tmp_path, episode):
         each.close()
 
 
-def kill(env, worker, number=signal.SIGKILL):
+def kill(env, worker):
     process = env.simulator.process_ids[worker]
-    os.kill(process, number)
+    os.kill(process, signal.SIGKILL)
     os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
 
 
@@ -81,18 +81,15 @@ def at_start(env, agent):
     )
 
 
-@pytest.mark.parametrize(
-    ("final_observations", "number"), [("ended", signal.SIGKILL), ("truncated", signal.SIGSEGV)]
-)
-def test_same_step_begins_the_same_episodes_again(make, final_observations, number):
-    env, calm = make(final_observations=final_observations), make(workers=1)
+def test_same_step_begins_the_same_episodes_again(make):
+    env, calm = make(final_observations="truncated"), make(workers=1)
     first, _ = env.reset(seed=0)
     calm.reset(seed=0)
     before = env.current_episodes()
     for turn in (actions(FORWARD, LEFT, FORWARD, LEFT), actions(FORWARD, FORWARD, LEFT, LEFT)):
         env.step(turn)
         calm.step(turn)
-    kill(env, 1, number)
+    kill(env, 1)
     forward = actions(*[FORWARD] * 4)
     with pytest.warns(
         WorkerDiedWarning, match="Started again .1 of at most 10 times.; its agents' episodes begin"
@@ -167,26 +164,18 @@ def test_a_state_of_an_earlier_version_goes_on(make):
     assert same(env.step(actions(*[LEFT] * 4))[0], following)
 
 
-@pytest.mark.parametrize("mode", list(AutoresetMode))
+@pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP])
 def test_an_episode_that_ended_by_itself_in_that_step_has_ended(make, mode):
     """Agent 2 stops and agent 3 is at its last step; of their worker nobody else is in an episode's midst."""
     env = make(autoreset_mode=mode, config=PointNavConfig(max_steps=3))
     calm = make(workers=1, autoreset_mode=mode, config=PointNavConfig(max_steps=3))
-    script = [
-        actions(STOP, FORWARD, FORWARD, FORWARD),
-        actions(*[LEFT] * 4),
-        actions(LEFT, LEFT, STOP, FORWARD),
-    ]
+    script = [(STOP, FORWARD, FORWARD, FORWARD), (LEFT, LEFT, LEFT, LEFT), (LEFT, LEFT, STOP, FORWARD)]
     for each in (env, calm):
         each.reset(seed=0)
     for step, turn in enumerate(script):
         if step == 2:
             kill(env, 1)
         ours, theirs = env.step(actions(*turn)), calm.step(actions(*turn))
-        if mode == AutoresetMode.DISABLED:
-            ended = (theirs[2] | theirs[3]).numpy()
-            for each in (env, calm):
-                each.reset(options={"reset_mask": ended})
     assert ours[2].tolist() == [False, False, True, False]
     assert ours[3].tolist() == theirs[3].tolist() == [False, True, False, True]
     assert same(ours[0], theirs[0])
@@ -272,13 +261,12 @@ def test_a_death_in_between_is_the_next_steps(make):
     assert env.step(actions(*[LEFT] * 4))[4] == {}
 
 
-@pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP])
-def test_episodes_that_are_handed_out_once_are_finished_once(make, mode):
-    env = make(mode="once", num=9, autoreset_mode=mode, config=PointNavConfig(max_steps=12))
+def test_episodes_that_are_handed_out_once_are_finished_once(make):
+    env = make(mode="once", num=9, config=PointNavConfig(max_steps=12))
     env.reset(seed=0)
     finished, interrupted = [], 0
     for step in range(60):
-        if not (env.active.any() or env._ended.any()):
+        if not env.active.any():
             break
         if step in (2, 3, 13, 15):
             kill(env, step % 2)

@@ -116,11 +116,10 @@ def test_training_in_workers_learns_the_same_and_goes_on_when_resumed(
     assert len(processes) == 2 and not any(Path(f"/proc/{each}").exists() for each in processes)
 
 
-@pytest.mark.parametrize("imitation", [0, 48])
 def test_training_goes_on_when_workers_are_killed_and_counts_what_begins_again(
-    room, tmp_path, monkeypatch, quick, killing, imitation
+    room, tmp_path, monkeypatch, quick, killing
 ):
-    """Three agents in one worker, which dies in three steps: episodes that did not end there begin again."""
+    """Three agents in one worker, which dies while the expert teaches and later: episodes begin again."""
     deaths = (1, 5, 12)
     processes = killing(*deaths)
     results = []
@@ -131,7 +130,7 @@ def test_training_goes_on_when_workers_are_killed_and_counts_what_begins_again(
         return results[-1]
 
     monkeypatch.setattr(TorchVectorEnv, "step", step)
-    asked = ("simulator=habitat", "simulator.workers=1", f"imitation.frames={imitation}")
+    asked = ("simulator=habitat", "simulator.workers=1", "imitation.frames=24")
     with pytest.warns(WorkerDiedWarning, match=r"stand-in worker 0 .* was killed by SIGKILL"):
         run = train(settings(room, tmp_path / "run", *asked), Console(file=io.StringIO()))
     assert int(run.checkpoint("latest").stem) == 48 and len(results) == 16
@@ -271,11 +270,7 @@ def test_demonstrations_are_whole_whoever_is_killed(room, tmp_path, monkeypatch,
         count = ["--number", "6", "--num-envs", "3"]
         killing(*kills)
         assert main(["demos", "record", str(file), *count, f"scenes.dataset={room}", *workers]) == 0
-        killing(*kills)
-        assert main(["demos", "replay", str(file), "--num-envs", "3", *workers]) == 0
-        output = capsys.readouterr()
-        assert "6 demonstrations, " in output.out and "all states bit-equal" in output.out
-        assert output.err.count("episodes begin again") == 2 * len(kills)
+        assert capsys.readouterr().err.count("episodes begin again") == len(kills)
         killing(*kills)
         replay = start_replay(config, read_demonstrations(file), 3)
         with warnings.catch_warnings():

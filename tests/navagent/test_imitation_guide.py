@@ -35,7 +35,7 @@ def test_every_command_of_the_guide_works_and_leaves_what_it_says(tmp_path, monk
         assert (tmp_path / left).stat().st_size > 0, left
     # Those that take long are asked what they would do.
     shown = [words for words in commands("bash no-test") if words[0] in ("imitate", "train")]
-    assert len(shown) == 14
+    assert len(shown) == 15
     for verb, *settings in shown:
         named = [word.replace("runs/half", "runs/dagger") for word in settings]
         assert main([verb, *named, "--show-config"]) == 0, shlex.join([verb, *settings])

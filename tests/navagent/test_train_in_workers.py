@@ -259,7 +259,8 @@ def test_an_evaluation_whose_workers_are_killed_comes_to_the_same(trained, tmp_p
 
 def test_demonstrations_are_whole_whoever_is_killed(room, tmp_path, monkeypatch, quick, killing, capsys):
     """Recorded, replayed and exported with deaths: the same as without, and nothing of what was in vain."""
-    minari = pytest.importorskip("minari")
+    import minari
+
     monkeypatch.setenv("NAVAGENT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     workers = ["simulator=habitat", "simulator.workers=1", "num_threads=1"]

@@ -18,6 +18,7 @@ from navagent.arguments import (
     command_parser,
     name_list,
     number_list,
+    training_command,
 )
 from policies.names import nearest
 
@@ -166,7 +167,8 @@ def _distil(arguments: Sequence[str]) -> int:
         config = replace(config, dataset=dataset_dir(TrainConfig()))
     weights = distil(config, console=Console())
     print(
-        f"student  {weights}\nuse it with\n  navagent train encoder.name={config.base} "
+        f"student  {weights}\nuse it with\n  "
+        f"{training_command(config.sensor, config.base, config.base_weights)} "
         f"adaptation.side_encoder={config.student} adaptation.side_init=distilled "
         f"adaptation.side_weights={weights}"
     )

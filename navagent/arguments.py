@@ -58,6 +58,11 @@ def add_options(
         parser.add_argument(f"--{name}", metavar=metavar, type=kind, default=argparse.SUPPRESS, help=line)
 
 
+def training_command(sensor: str, encoder: str, weights: str) -> str:
+    """The command that trains an agent which sees through an encoder with these weights."""
+    return f"navagent train sensors={sensor} encoder.name={encoder} encoder.weights={weights}"
+
+
 def name_list(text: str) -> tuple[str, ...]:
     """The names of an option that takes several, with commas."""
     names = tuple(part.strip() for part in text.split(",") if part.strip())

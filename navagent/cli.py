@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from navagent.arguments import BAD_INPUT, UsageError, command_parser
+from navagent.arguments import BAD_INPUT, UsageError, command_parser, training_command
 from navagent.installation import ShadowedPackageError, check_packages
 
 if TYPE_CHECKING:
@@ -315,7 +315,8 @@ def _pretrain(arguments: Sequence[str]) -> int:
     if dataset is None:
         config = replace(config, dataset=dataset_dir(TrainConfig()))
     weights = pretrain(config, console=Console())
-    print(f"weights  {weights}\nuse them with\n  navagent train encoder.weights={weights}")
+    command = training_command(config.sensor, config.encoder, str(weights))
+    print(f"weights  {weights}\nuse them with\n  {command}")
     return 0
 
 

@@ -13,6 +13,8 @@ import pytest
 from envs.episodes import read_dataset, write_dataset
 from navagent.adapt_command import ACTIONS, DISTIL_OPTIONS, QUICK, adapt
 from navagent.arguments import BAD_INPUT, UsageError
+from navagent.cli import main
+from navagent.config import load_config
 from navagent.learning import comparison
 from navagent.learning.comparison import ComparisonConfig
 from navagent.learning.distil import DistilConfig
@@ -114,8 +116,21 @@ def test_a_distillation_in_rendered_homes(studio, tmp_path, capsys):
     out = tmp_path / "out"
     words = "--decoder default --mode perceptual --steps 2 --train-frames 8 --val-frames 4 --batch-size 4"
     assert adapt(["distil", str(out), "--dataset", str(studio), *words.split()]) == 0
-    assert f"adaptation.side_weights={out / 'student.safetensors'}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"adaptation.side_weights={out / 'student.safetensors'}" in printed
+    assert "sensors=rgb encoder.name=resnet_small encoder.weights=default" in printed
     make_encoder("fcn5_small", 3, out / "student.safetensors")
+
+
+def test_a_pretraining_says_how_to_use_what_it_gave(studio, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = "--encoder resnet_small --sensor depth --steps 2 --train-frames 8 --val-frames 4 --batch-size 4"
+    assert main(["pretrain", str(out), "--dataset", str(studio), *words.split()]) == 0
+    program, verb, *settings = capsys.readouterr().out.splitlines()[-1].split()
+    assert (program, verb) == ("navagent", "train")
+    config = load_config(settings)
+    assert config.sensors.depth and not config.sensors.rgb
+    make_encoder(config.encoder.name, 1, config.encoder.weights)
 
 
 def test_list_prints_what_methods_cost(capsys):

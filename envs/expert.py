@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,19 @@ _TURN_COST = 0.0125  # of one forward step's progress; among equal ways the one 
 _SIDEWAYS = 2  # turns to either side of the bearing that are tried out
 _ENOUGH = 0.5  # of one forward step's progress; less sends the search all around
 _NEAR_CORNER = 0.05  # [m] a corner this close counts as reached
+
+NO_MOVE = 127
+"""Stands for the number of turns before the next move forward where none is to come."""
+
+
+class Advice(NamedTuple):
+    """What an expert says of N agents."""
+
+    actions: Tensor
+    """The best action of each: (N,) int64."""
+    turns: Tensor | None
+    """How many turns to the left come before its next move forward, negative ones to the right, up to half a
+    circle; :data:`NO_MOVE` where it stops. (N,) int8; None from an expert that does not tell."""
 
 
 class ShortestPathFollower:
@@ -45,7 +59,13 @@ class ShortestPathFollower:
     def actions(
         self, scene: Tensor, position: Tensor, yaw: Tensor, goal: Tensor, active: Tensor | None = None
     ) -> Tensor:
-        """The best action of each agent: (N,) int64, :class:`~envs.simulators.base.Action`.
+        """The best action of each agent, see :meth:`advice`: (N,) int64."""
+        return self.advice(scene, position, yaw, goal, active).actions
+
+    def advice(
+        self, scene: Tensor, position: Tensor, yaw: Tensor, goal: Tensor, active: Tensor | None = None
+    ) -> Advice:
+        """The best :class:`~envs.simulators.base.Action` of each agent, and the turns that are to come.
 
         Args:
             scene: (N,) int64.
@@ -57,16 +77,18 @@ class ShortestPathFollower:
         """
         distance = self.paths.geodesic_distance(scene, position, goal)
         actions = torch.full_like(scene, int(Action.STOP))
+        planned = torch.full_like(scene, NO_MOVE, dtype=torch.int8)
         walking = torch.isfinite(distance) & (distance >= self.goal_radius)
         if active is not None:
             walking &= active
         rows = torch.nonzero(walking).squeeze(1)
         if rows.numel():
             turns = self._turns(scene[rows], position[rows], yaw[rows], goal[rows], distance[rows])
+            planned[rows] = turns.clamp(-self._half_circle, self._half_circle).to(torch.int8)
             ahead = torch.full_like(turns, int(Action.MOVE_FORWARD))
             left, right = torch.full_like(turns, int(Action.TURN_LEFT)), int(Action.TURN_RIGHT)
             actions[rows] = torch.where(turns == 0, ahead, torch.where(turns > 0, left, right))
-        return actions
+        return Advice(actions, planned)
 
     def _turns(self, scene: Tensor, position: Tensor, yaw: Tensor, goal: Tensor, distance: Tensor) -> Tensor:
         """How many turns to the left should come before the next move forward: (M,) int64."""

@@ -14,7 +14,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from envs.expert import ShortestPathFollower
+from envs.expert import Advice, ShortestPathFollower
 from envs.noise import ActuationNoise, NoiseConfig, gaussian_rgb, redwood_depth
 from envs.sampler import EpisodeSampler
 from envs.sensors import TASK_SENSORS
@@ -256,11 +256,15 @@ class PointNavVectorEnv(VectorEnv[Observations, Any, Any]):
 
     def expert_actions(self) -> Tensor:
         """What the shortest-path follower would do now, as actions of this environment: (N,) int64."""
+        return self.expert_advice().actions
+
+    def expert_advice(self) -> Advice:
+        """The same, and how many turns it would make before its next move forward."""
         simulator = self.simulator
-        actions = self.expert.actions(
+        advice = self.expert.advice(
             simulator.scene, simulator.position, simulator.yaw, self.task.goal, self.task.active
         )
-        return self.task.policy_actions(actions)
+        return advice._replace(actions=self.task.policy_actions(advice.actions))
 
     def set_max_geodesic(self, max_geodesic: float) -> None:
         """Gives out no longer episodes from now on [m]; episodes in progress go on."""

@@ -365,6 +365,11 @@ class ImitationConfig:
     inflection_weight: float = setting(
         1.0, "weight of steps at which the expert changes its action; others weigh 1", above=0
     )
+    heading_coef: float = setting(
+        0.0,
+        "weight of a loss that foretells the direction of the expert's next move from the memory (dagger)",
+        at_least=0,
+    )
     demos: str | None = setting(
         None, "demonstrations to learn from; they are recorded if null (behaviour_cloning)"
     )
@@ -1020,6 +1025,7 @@ MIXTURE = tuple(
 )
 DAGGER_ALONE = (
     *MIXTURE,
+    "imitation.heading_coef",
     # What a demonstration was worth is not part of it, so that there is nothing for a critic to learn.
     *(f"algorithm.{name}" for name in ("vf_coef", "gamma", "gae_lambda", "normalize_returns")),
 )
@@ -1044,7 +1050,10 @@ def meaningless(config: TrainConfig) -> dict[str, str]:
     if config.algorithm.name == "imitation":
         dead |= dict.fromkeys(PPO_ALONE, "algorithm=imitation")
     elif imitation.frames == 0:
-        lesson = (*MIXTURE, "imitation.minibatches", "imitation.inflection_weight")
+        lesson = (
+            *MIXTURE,
+            *(f"imitation.{name}" for name in ("minibatches", "inflection_weight", "heading_coef")),
+        )
         dead |= dict.fromkeys(lesson, "imitation.frames=0")
         if config.start_from is None:
             # There is no imitated policy to be pulled to.

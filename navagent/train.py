@@ -274,7 +274,12 @@ def make_model(
         max_grad_norm=algorithm.max_grad_norm,
         replay_epochs=algorithm.replay_epochs,
         replay_steps=algorithm.replay_steps,
-        auxiliary=AuxiliaryConfig(algorithm.cpc_coef, algorithm.inverse_dynamics_coef),
+        auxiliary=AuxiliaryConfig(
+            algorithm.cpc_coef,
+            algorithm.inverse_dynamics_coef,
+            config.imitation.heading_coef,
+            math.ceil(180 / config.env.turn_angle_deg - 1e-6),
+        ),
         nonfinite=cast(NonFinite, algorithm.nonfinite),
         feature_dtype=getattr(torch, algorithm.feature_dtype),
         imitation=teaching(config, ranks.size),

@@ -83,6 +83,8 @@ class Aggregate:
         if batch.expert_actions is None:
             raise ValueError("this rollout carries no expert actions: collect it with an expert")
         steps = {name: getattr(batch, name) for name in _STEPS}
+        if batch.expert_turns is not None:
+            steps["expert_turns"] = batch.expert_turns
         steps |= {f"obs/{name}": value for name, value in batch.observations.items()}
         for name, value in (batch.frozen or {}).items():
             steps[f"frozen/{name}"] = value.to(self.feature_dtype)
@@ -130,6 +132,7 @@ class Aggregate:
             },
             memory=memory,
             frozen=frozen or None,
+            expert_turns=steps.get("expert_turns"),
             reference_logits=None,
             samples=self.num_steps * len(places),
             **{name: steps[name] for name in _STEPS},

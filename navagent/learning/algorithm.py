@@ -409,9 +409,9 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         executed = actions.clone()
         expert = None
         if imitating:
-            expert = group.expert_actions(self._stage)
+            expert = group.expert_advice(self._stage)
             with self._stage("expert"):
-                executed = self.mixture.choose(executed, expert, starts, frames, group.envs)
+                executed = self.mixture.choose(executed, expert.actions, starts, frames, group.envs)
         return Decision(
             observations,
             starts,
@@ -439,7 +439,8 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
                 decision.values,
                 decision.log_probs,
                 decision.frozen,
-                expert_actions=decision.expert_actions,
+                expert_actions=None if decision.expert is None else decision.expert.actions,
+                expert_turns=None if decision.expert is None else decision.expert.turns,
                 reference_logits=decision.reference_logits,
             )
             if result.final_observations is not None:
@@ -451,7 +452,7 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
                     torch.zeros_like(cut, dtype=torch.bool),
                 )
                 buffer.add_to_last_rewards(cut, self.gamma * future)
-            if self.replay is not None and decision.expert_actions is None:
+            if self.replay is not None and decision.expert is None:
                 self.replay.add(
                     decision.observations,
                     decision.actions,

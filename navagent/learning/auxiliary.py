@@ -1,8 +1,9 @@
 """Losses beside PPO's that make a policy's features and memory know its world.
 
-Both look at whole sequences, at what the images became and at what the memory made of it, and never across
+Two look at whole sequences, at what the images became and at what the memory made of it, and never across
 the end of an episode. Only images are predicted or compared: the other inputs hold the goal, and the previous
-action, which would give the answer away.
+action, which would give the answer away. The third asks the memory for more of what an expert knows than the
+action that it would take now.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from envs.expert import NO_MOVE
+
 
 @dataclass(frozen=True)
 class AuxiliaryConfig:
@@ -22,6 +25,10 @@ class AuxiliaryConfig:
     """Weight of action-conditional contrastive prediction (CPC|A); Habitat's baselines give it 0.1."""
     inverse_dynamics_coef: float = 0.0
     """Weight of guessing the action between two images."""
+    heading_coef: float = 0.0
+    """Weight of foretelling the direction of the expert's next move."""
+    half_circle: int = 18
+    """Turns in half a circle, for ``heading_coef``."""
     horizon: int = 20
     """CPC|A: how many steps into the future are predicted."""
     starts: int = 6
@@ -32,11 +39,11 @@ class AuxiliaryConfig:
     """CPC|A: against how many other images each of them is scored."""
 
     def __post_init__(self) -> None:
-        if self.cpc_coef < 0 or self.inverse_dynamics_coef < 0:
-            raise ValueError(
-                f"auxiliary cpc_coef {self.cpc_coef} and inverse_dynamics_coef {self.inverse_dynamics_coef} "
-                "must not be negative"
-            )
+        for name in ("cpc_coef", "inverse_dynamics_coef", "heading_coef"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"auxiliary {name} {getattr(self, name)} must not be negative")
+        if not 1 <= self.half_circle < NO_MOVE:
+            raise ValueError(f"auxiliary half_circle {self.half_circle}: expected 1 to {NO_MOVE - 1} turns")
         if not 1 <= self.futures <= self.horizon or self.starts < 1 or self.negatives < 1:
             raise ValueError(
                 f"auxiliary horizon {self.horizon}, starts {self.starts}, futures {self.futures} and "
@@ -46,6 +53,11 @@ class AuxiliaryConfig:
     @property
     def wanted(self) -> bool:
         """Whether there is any loss to add."""
+        return self.looks or self.heading_coef > 0
+
+    @property
+    def looks(self) -> bool:
+        """Whether any of them is about images."""
         return self.cpc_coef > 0 or self.inverse_dynamics_coef > 0
 
 
@@ -61,13 +73,14 @@ class AuxiliaryLosses(nn.Module):
 
     def __init__(self, config: AuxiliaryConfig, features: int, hidden: int, num_actions: int) -> None:
         super().__init__()
-        if features == 0:
+        if config.looks and features == 0:
             raise ValueError("auxiliary losses predict images, and this policy sees none; set them to 0")
         self.config = config
         self.cpc = ContrastivePrediction(config, features, hidden, num_actions) if config.cpc_coef else None
         self.inverse_dynamics = (
             InverseDynamics(features, hidden, num_actions) if config.inverse_dynamics_coef else None
         )
+        self.heading = Heading(hidden, config.half_circle) if config.heading_coef else None
 
     def forward(
         self,
@@ -75,12 +88,14 @@ class AuxiliaryLosses(nn.Module):
         hidden: Tensor,
         actions: Tensor,
         episode_starts: Tensor,
+        expert_turns: Tensor | None,
         generator: torch.Generator,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of the losses, (), and what to log.
 
         ``features`` (T, B, E) of the images and ``hidden`` (T, B, H) of the memory, both before ``actions``
-        (T, B) int64; ``episode_starts`` (T, B) bool; ``generator`` lives on the CPU.
+        (T, B) int64; ``episode_starts`` (T, B) bool; ``expert_turns`` (T, B) int8, None where no expert was
+        asked; ``generator`` lives on the CPU.
         """
         features, hidden = features.float(), hidden.float()
         total = features.new_zeros(())
@@ -95,6 +110,11 @@ class AuxiliaryLosses(nn.Module):
             total = total + self.config.inverse_dynamics_coef * loss
             record["auxiliary/inverse_dynamics_loss"] = loss.detach()
             record["auxiliary/inverse_dynamics_agreement"] = agreement
+        if self.heading is not None and expert_turns is not None:
+            loss, agreement = self.heading(hidden, expert_turns)
+            total = total + self.config.heading_coef * loss
+            record["auxiliary/heading_loss"] = loss.detach()
+            record["auxiliary/heading_agreement"] = agreement
         return total, record
 
 
@@ -235,4 +255,35 @@ class InverseDynamics(nn.Module):
         valid = ~episode_starts[1:]
         losses = functional.cross_entropy(logits.flatten(0, 1), actions[:-1].flatten(), reduction="none")
         right = (logits.detach().argmax(2) == actions[:-1]).float()
+        return masked_mean(losses, valid.flatten()), masked_mean(right, valid)
+
+
+class Heading(nn.Module):
+    """Foretells from the memory in which direction the expert's next move forward goes, in turns from here.
+
+    An action says which way to turn, this also how far, and so where the way lies. It is what the expert
+    knows when it labels a state with an action, and costs nothing more.
+
+    Args:
+        hidden: H, how many numbers the memory puts out.
+        half_circle: turns in half a circle, S.
+    """
+
+    def __init__(self, hidden: int, half_circle: int) -> None:
+        super().__init__()
+        self.half_circle = half_circle
+        self.guess = nn.Linear(hidden, 2 * half_circle + 1)
+        nn.init.orthogonal_(self.guess.weight, gain=0.01)
+        nn.init.zeros_(self.guess.bias)
+
+    def forward(self, hidden: Tensor, expert_turns: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy and the share of right guesses, both (), over steps with a move to come.
+
+        ``hidden`` (T, B, H); ``expert_turns`` (T, B) int8 in -S..S, or :data:`envs.expert.NO_MOVE`.
+        """
+        logits = self.guess(hidden)
+        valid = expert_turns != NO_MOVE
+        label = torch.where(valid, expert_turns.long() + self.half_circle, 0)
+        losses = functional.cross_entropy(logits.flatten(0, 1), label.flatten(), reduction="none")
+        right = (logits.detach().argmax(2) == label).float()
         return masked_mean(losses, valid.flatten()), masked_mean(right, valid)

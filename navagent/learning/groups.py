@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from navagent.learning.rollout import StepResult, TensorEnv
+from envs.expert import Advice
+from navagent.learning.rollout import StepResult, TensorEnv, join_advice
 
 Stage = Callable[[str], AbstractContextManager[None]]
 """Measures what is done inside, by name."""
@@ -41,8 +42,8 @@ class Decision:
     """And after it: (M, ...)."""
     frozen: dict[str, Tensor]
     """Features that learning never changes, by name: (M, ...)."""
-    expert_actions: Tensor | None
-    """What the expert would do: (M,) int64; None without one."""
+    expert: Advice | None
+    """What the expert says; None without one."""
     reference_logits: Tensor | None
     """What an earlier policy would do: (M, A); None without one."""
 
@@ -57,19 +58,19 @@ class AgentGroup:
         """Which of all environments these are."""
         self._worker = worker
         self._decision: Decision | None = None
-        self._answer: Future[tuple[StepResult, Tensor | None]] | None = None
-        self._expert: Tensor | None = None
+        self._answer: Future[tuple[StepResult, Advice | None]] | None = None
+        self._expert: Advice | None = None
 
     @property
     def busy(self) -> bool:
         """Whether a step was begun and not yet ended."""
         return self._decision is not None
 
-    def expert_actions(self, stage: Stage) -> Tensor:
-        """What the expert would do now: (M,) int64."""
+    def expert_advice(self, stage: Stage) -> Advice:
+        """What the expert says now."""
         if self._expert is None:
             with stage("expert"):
-                self._expert = self.env.expert_actions()
+                self._expert = self.env.expert_advice()
         return self._expert
 
     def begin(self, decision: Decision, ask_expert: bool) -> None:
@@ -79,9 +80,9 @@ class AgentGroup:
         if self._worker is not None:
             self._answer = self._worker.submit(self._step, decision.actions, ask_expert)
 
-    def _step(self, actions: Tensor, ask_expert: bool) -> tuple[StepResult, Tensor | None]:
+    def _step(self, actions: Tensor, ask_expert: bool) -> tuple[StepResult, Advice | None]:
         result = self.env.step(actions)
-        return result, self.env.expert_actions() if ask_expert else None
+        return result, self.env.expert_advice() if ask_expert else None
 
     def end(self, stage: Stage) -> tuple[Decision, StepResult]:
         """Waits for the step that was begun."""
@@ -118,6 +119,7 @@ def join_decisions(decisions: Sequence[Decision]) -> Decision:
     """The decisions of several groups as one of all."""
     if len(decisions) == 1:
         return decisions[0]
+    advice = [decision.expert for decision in decisions if decision.expert is not None]
     return Decision(
         observations=_join_named([decision.observations for decision in decisions]),
         starts=torch.cat([decision.starts for decision in decisions]),
@@ -127,7 +129,7 @@ def join_decisions(decisions: Sequence[Decision]) -> Decision:
         memory=torch.cat([decision.memory for decision in decisions]),
         next_memory=torch.cat([decision.next_memory for decision in decisions]),
         frozen=_join_named([decision.frozen for decision in decisions]),
-        expert_actions=_join_optional([decision.expert_actions for decision in decisions]),
+        expert=join_advice(advice) if advice else None,
         reference_logits=_join_optional([decision.reference_logits for decision in decisions]),
     )
 

@@ -7,7 +7,7 @@ updated on whole sequences, and a frozen encoder's features are worth keeping: s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -16,6 +16,8 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
+
+from envs.expert import Advice
 
 
 def generalized_advantages(
@@ -74,10 +76,17 @@ class SequenceBatch:
     """Features of the frozen encoder, by name: (T, B, ...) float32; None when there are none to store."""
     expert_actions: Tensor | None
     """What the expert would have done: (T, B) int64; None when it was not asked."""
+    expert_turns: Tensor | None
+    """How many turns it would have made before its next move, see :class:`envs.expert.Advice`: (T, B) int8;
+    None when it did not tell."""
     reference_logits: Tensor | None
     """Action logits of the policy to stay close to: (T, B, A); None when there is none."""
     samples: int
     """How many steps count, T times B; 0 for one that only stands in, where another process holds all."""
+
+
+_OPTIONAL = ("expert_actions", "expert_turns", "reference_logits")
+"""Fields that a batch may lack."""
 
 
 class SequenceBuffer:
@@ -113,7 +122,7 @@ class SequenceBuffer:
         self.advantages: Tensor | None = None
         self.returns: Tensor | None = None
         self._blocks: dict[str, Tensor] = {}
-        self._optional: dict[str, bool] = {"expert_actions": False, "reference_logits": False}
+        self._optional: dict[str, bool] = dict.fromkeys(_OPTIONAL, False)
 
     @property
     def full(self) -> bool:
@@ -158,6 +167,7 @@ class SequenceBuffer:
         log_probs: Tensor,
         frozen: dict[str, Tensor] | None = None,
         expert_actions: Tensor | None = None,
+        expert_turns: Tensor | None = None,
         reference_logits: Tensor | None = None,
     ) -> None:
         """Appends one step of every environment; each argument's first dimension is N."""
@@ -173,7 +183,8 @@ class SequenceBuffer:
         self._store("episode_starts", episode_starts, torch.bool)
         self._store("values", values, torch.float32)
         self._store("log_probs", log_probs, torch.float32)
-        for name, optional in (("expert_actions", expert_actions), ("reference_logits", reference_logits)):
+        given = (expert_actions, expert_turns, reference_logits)
+        for name, optional in zip(_OPTIONAL, given, strict=True):
             if optional is not None:
                 self._store(name, optional)
                 self._optional[name] = True
@@ -240,6 +251,9 @@ class SequenceBuffer:
         def pick(block: Tensor) -> Tensor:
             return block if envs is None else block.index_select(1, envs)
 
+        def pick_optional(name: str) -> Tensor | None:
+            return pick(blocks[name]) if self._optional[name] else None
+
         blocks = {name: block[: self.length] for name, block in self._blocks.items()}
         assert self.memory is not None and self.advantages is not None and self.returns is not None
         frozen = {
@@ -261,8 +275,9 @@ class SequenceBuffer:
             memory=self.memory if envs is None else self.memory.index_select(0, envs),
             episode_starts=pick(blocks["episode_starts"]),
             frozen=frozen or None,
-            expert_actions=pick(blocks["expert_actions"]) if self._optional["expert_actions"] else None,
-            reference_logits=pick(blocks["reference_logits"]) if self._optional["reference_logits"] else None,
+            expert_actions=pick_optional("expert_actions"),
+            expert_turns=pick_optional("expert_turns"),
+            reference_logits=pick_optional("reference_logits"),
             samples=self.length * (self.num_envs if envs is None else len(envs)),
         )
 
@@ -294,8 +309,8 @@ class TensorEnv(Protocol):
     def step(self, actions: Tensor) -> StepResult:
         """Does (N,) int64 ``actions`` and starts the next episode where one ended."""
 
-    def expert_actions(self) -> Tensor:
-        """What an expert would do now: (N,) int64."""
+    def expert_advice(self) -> Advice:
+        """What an expert says now."""
 
     def frozen_features(self) -> dict[str, Tensor] | None:
         """What the policy's frozen encoder makes of the present observations, by name: (N, ...) float32.
@@ -354,9 +369,9 @@ class TorchVectorEnv:
             episodes=episodes,
         )
 
-    def expert_actions(self) -> Tensor:
-        """See :class:`TensorEnv`."""
-        return self.env.expert_actions().to(self.device)
+    def expert_advice(self) -> Advice:
+        """That of the environment, or the actions alone from one that tells no more."""
+        return _advice_of(self.env, self.device)
 
     def frozen_features(self) -> dict[str, Tensor] | None:
         """Those that the environment has stored, as one that plays demonstrations may."""
@@ -408,13 +423,13 @@ class NumpyVectorEnv:
             ],
         )
 
-    def expert_actions(self) -> Tensor:
+    def expert_advice(self) -> Advice:
         """Asks the environment's own ``expert_actions``, if it has one."""
         batched = getattr(self.env, "vector_envs", None)
         if batched is not None:
-            return torch.cat([env.expert_actions() for env in batched]).to(self.device)
+            return join_advice([_advice_of(env, self.device) for env in batched])
         answers = self.env.env_method("expert_actions")
-        return torch.as_tensor(np.asarray(answers), dtype=torch.int64, device=self.device)
+        return Advice(torch.as_tensor(np.asarray(answers), dtype=torch.int64, device=self.device), None)
 
     def frozen_features(self) -> dict[str, Tensor] | None:
         """None, always."""
@@ -430,6 +445,20 @@ class NumpyVectorEnv:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Refuses, like :meth:`state_dict`."""
         self.state_dict()
+
+
+def _advice_of(env: Any, device: torch.device) -> Advice:
+    ask = getattr(env, "expert_advice", None)
+    advice = Advice(env.expert_actions(), None) if ask is None else ask()
+    turns = None if advice.turns is None else advice.turns.to(device)
+    return Advice(advice.actions.to(device), turns)
+
+
+def join_advice(parts: Sequence[Advice]) -> Advice:
+    """What is said of several groups of agents as one of all."""
+    turns = [part.turns for part in parts if part.turns is not None]
+    told = len(turns) == len(parts)
+    return Advice(torch.cat([part.actions for part in parts]), torch.cat(turns) if told else None)
 
 
 def tensor_envs(env: VecEnv, device: torch.device) -> list[TensorEnv]:

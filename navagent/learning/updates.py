@@ -278,7 +278,12 @@ class SequenceLearner(SequenceAlgorithm):
         seed = torch.randint(2**62, (), generator=self.generator).item()
         generator = torch.Generator().manual_seed(int(seed) + self.ranks.rank)
         loss, record = self.auxiliary(
-            features.float(), hidden.float(), batch.actions, batch.episode_starts, generator
+            features.float(),
+            hidden.float(),
+            batch.actions,
+            batch.episode_starts,
+            batch.expert_turns,
+            generator,
         )
         return evaluation, loss, record
 

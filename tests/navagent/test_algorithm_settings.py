@@ -18,6 +18,7 @@ from navagent.train import learning_rate, make_model, train
 
 EVERYTHING = (
     "imitation.frames=32",
+    "imitation.heading_coef=0.3",
     "algorithm.optimizer=lamb",
     "algorithm.scale_learning_rate=true",
     "algorithm.learning_rate_warmup=0.2",
@@ -50,7 +51,7 @@ def test_every_setting_reaches_the_algorithm(room, tmp_path):
     assert (model.clip_value_loss, model.normalize_advantage, model.nonfinite) == (True, False, "skip")
     assert model.normaliser.gamma == config.algorithm.gamma
     assert (model.replay_epochs, model.replay.capacity) == (2, 16)
-    assert model.auxiliary_config == AuxiliaryConfig(0.1, 0.2)
+    assert model.auxiliary_config == AuxiliaryConfig(0.1, 0.2, 0.3, 18)
     decays = {group["weight_decay"] for group in model.policy.optimizer.param_groups}
     assert decays == {0.0, 0.01}
     model.env.close()
@@ -127,6 +128,10 @@ def test_a_run_logs_what_its_options_do(whole):
         "train/clip_range",
     }
     assert expected <= newest.keys()
+    # Only an expert can say where its way goes.
+    labelled = [record for record in whole.read_metrics() if "imitation/loss" in record]
+    assert labelled and all(record["auxiliary/heading_loss"] > 0 for record in labelled)
+    assert "auxiliary/heading_loss" not in newest
     assert newest["nonfinite/skipped_minibatches"] == 0
 
 

@@ -9,6 +9,7 @@ valid ones, so its loss is ours times that share squared.
 """
 
 import itertools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,13 @@ import pytest
 import torch
 from torch.nn import functional
 
+from envs.expert import NO_MOVE
 from navagent.learning.auxiliary import (
     AuxiliaryConfig,
     AuxiliaryLosses,
     Choice,
     ContrastivePrediction,
+    Heading,
     InverseDynamics,
     masked_mean,
     steps_left,
@@ -216,12 +219,12 @@ def test_masked_mean_of_nothing_is_zero_and_has_a_gradient_of_zero():
 def test_losses_are_added_by_their_weight(block):
     config = AuxiliaryConfig(cpc_coef=0.1, inverse_dynamics_coef=0.3)
     losses = AuxiliaryLosses(config, FEATURES, HIDDEN, ACTIONS)
-    total, record = losses(*block, generator())
+    total, record = losses(*block, None, generator())
     expected = 0.1 * record["auxiliary/cpc_loss"] + 0.3 * record["auxiliary/inverse_dynamics_loss"]
     torch.testing.assert_close(total.detach(), expected)
     alone = AuxiliaryLosses(AuxiliaryConfig(inverse_dynamics_coef=1.0), FEATURES, HIDDEN, ACTIONS)
     assert alone.cpc is None
-    assert set(alone(*block, generator())[1]) == {
+    assert set(alone(*block, None, generator())[1]) == {
         "auxiliary/inverse_dynamics_loss",
         "auxiliary/inverse_dynamics_agreement",
     }
@@ -229,14 +232,42 @@ def test_losses_are_added_by_their_weight(block):
 
 def test_the_same_seed_chooses_the_same(block):
     losses = AuxiliaryLosses(AuxiliaryConfig(cpc_coef=0.1), FEATURES, HIDDEN, ACTIONS)
-    assert losses(*block, generator(3))[0] == losses(*block, generator(3))[0]
-    assert losses(*block, generator(3))[0] != losses(*block, generator(4))[0]
+    assert losses(*block, None, generator(3))[0] == losses(*block, None, generator(3))[0]
+    assert losses(*block, None, generator(3))[0] != losses(*block, None, generator(4))[0]
+
+
+def test_the_heading_loss_is_that_of_a_softmax_over_all_turns_where_a_move_is_to_come():
+    torch.manual_seed(0)
+    heading = Heading(HIDDEN, half_circle=3)
+    torch.nn.init.normal_(heading.guess.weight)
+    hidden = torch.randn(3, 2, HIDDEN)
+    turns = torch.tensor([[-3, 3], [NO_MOVE, 0], [1, NO_MOVE]], dtype=torch.int8)
+    loss, agreement = heading(hidden, turns)
+    total, right = 0.0, 0
+    for step, env, turn in [(0, 0, -3), (0, 1, 3), (1, 1, 0), (2, 0, 1)]:
+        scores = (heading.guess.weight @ hidden[step, env] + heading.guess.bias).tolist()
+        total += math.log(sum(math.exp(score) for score in scores)) - scores[turn + 3]
+        right += scores.index(max(scores)) == turn + 3
+    assert loss.item() == pytest.approx(total / 4, rel=1e-5)
+    assert agreement.item() == pytest.approx(right / 4)
+    assert heading(hidden, torch.full_like(turns, NO_MOVE))[0] == 0
+
+
+def test_the_heading_is_asked_of_agents_without_images_where_an_expert_told_it(block):
+    features, hidden, actions, starts = block
+    losses = AuxiliaryLosses(AuxiliaryConfig(heading_coef=0.5), 0, HIDDEN, ACTIONS)
+    turns = torch.zeros_like(actions, dtype=torch.int8)
+    total, record = losses(features, hidden, actions, starts, turns, generator())
+    torch.testing.assert_close(total.detach(), 0.5 * record["auxiliary/heading_loss"])
+    assert losses(features, hidden, actions, starts, None, generator()) == (0, {})
 
 
 def test_wrong_settings_and_policies_without_images_are_refused():
-    with pytest.raises(ValueError, match=r"cpc_coef -1 and"):
+    with pytest.raises(ValueError, match="cpc_coef -1 must not be negative"):
         AuxiliaryConfig(cpc_coef=-1)
     with pytest.raises(ValueError, match="horizon 3, starts 6, futures 4"):
         AuxiliaryConfig(horizon=3, futures=4)
+    with pytest.raises(ValueError, match="half_circle 127: expected 1 to 126 turns"):
+        AuxiliaryConfig(half_circle=127)
     with pytest.raises(ValueError, match="this policy sees none"):
         AuxiliaryLosses(AuxiliaryConfig(cpc_coef=0.1), 0, HIDDEN, ACTIONS)

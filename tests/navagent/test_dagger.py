@@ -207,7 +207,15 @@ def rollout(number, num_envs=4, steps=3, length=3):
         stamp = envs + step
         starts = torch.full((num_envs,), step == 1)
         buffer.add(
-            {"x": stamp[:, None]}, stamp.long(), stamp, starts, stamp, stamp, {"f": stamp}, stamp.long()
+            {"x": stamp[:, None]},
+            stamp.long(),
+            stamp,
+            starts,
+            stamp,
+            stamp,
+            {"f": stamp},
+            stamp.long(),
+            (stamp % 120).to(torch.int8),
         )
     buffer.finish(torch.zeros(num_envs), torch.zeros(num_envs, dtype=torch.bool), 0.9, 0.9)
     return buffer
@@ -220,6 +228,7 @@ def sequences(batch):
     for block in (batch.observations["x"][..., 0], batch.actions, batch.log_probs, batch.expert_actions):
         assert torch.equal(block.float(), first + steps)
     assert torch.equal(batch.frozen["f"], first + steps)
+    assert torch.equal(batch.expert_turns, ((first + steps) % 120).to(torch.int8))
     assert (batch.episode_starts == (steps == 1)).all()
     assert batch.samples == batch.actions.numel()
     return first.tolist()

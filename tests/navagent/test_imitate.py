@@ -442,6 +442,10 @@ def test_what_is_no_run_is_not_begun_from(imitated, tmp_path):
             ["imitation=behaviour_cloning", "algorithm.vf_coef=0.1"],
             "algorithm.vf_coef=0.1 means nothing with imitation=behaviour_cloning",
         ),
+        (
+            ["imitation=behaviour_cloning", "imitation.heading_coef=1"],
+            "imitation.heading_coef=1.0 means nothing with imitation=behaviour_cloning",
+        ),
         (["imitation=behaviour_cloning", "algorithm.curriculum=linear"], "plays none"),
         (["imitation.store_features=true"], "means nothing with imitation=dagger"),
         (
@@ -461,7 +465,8 @@ def test_wrong_arguments_are_one_message_and_status_2(arguments, message, capsys
 
 def test_without_an_expert_its_settings_mean_nothing(capsys, monkeypatch):
     monkeypatch.setenv("NAVAGENT_DEBUG", "0")
-    for word in ("imitation.share=0.5", "imitation.inflection_weight=3.0", "algorithm.anchor_coef=0.1"):
+    settings = ("imitation.share=0.5", "imitation.inflection_weight=3.0", "imitation.heading_coef=1.0")
+    for word in (*settings, "algorithm.anchor_coef=0.1"):
         assert main(["train", "imitation.frames=0", word]) == 2
         assert f"{word} means nothing with imitation.frames=0" in capsys.readouterr().err
 

@@ -69,6 +69,7 @@ def fill_with_identifiable_data(buffer: SequenceBuffer) -> None:
             log_probs=stamp * 3,
             frozen={"base": stamp[:, None].expand(-1, 4)},
             expert_actions=step * 100 + envs + 7,
+            expert_turns=(envs - step).to(torch.int8),
         )
     buffer.finish(torch.zeros(buffer.num_envs), torch.zeros(buffer.num_envs, dtype=torch.bool), 0.9, 0.8)
 
@@ -98,6 +99,7 @@ def test_everything_in_a_minibatch_is_of_the_same_transition(count):
         torch.testing.assert_close(batch.log_probs, stamp * 3)
         torch.testing.assert_close(batch.frozen["base"][..., 3], stamp)
         assert torch.equal(batch.expert_actions, batch.actions + 7)
+        assert torch.equal(batch.expert_turns, (envs - steps).to(torch.int8))
         assert torch.equal(batch.memory[:, 0], envs[0].float())
         assert torch.equal(batch.episode_starts, (envs + steps) % 3 == 0)
         torch.testing.assert_close(batch.returns, batch.advantages + batch.values)
@@ -178,4 +180,6 @@ def test_a_batched_environments_expert_is_asked_once_for_all(output):
     world = LineWorld(num_envs=5, seed=3)
     world.output = output
     stepper = tensor_envs(LineVecEnv(world), torch.device("cpu"))[0]
-    assert stepper.expert_actions().tolist() == world.expert_actions().tolist()
+    advice = stepper.expert_advice()
+    assert advice.actions.tolist() == world.expert_actions().tolist()
+    assert advice.turns is None

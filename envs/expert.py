@@ -20,7 +20,7 @@ _SIDEWAYS = 2  # turns to either side of the bearing that are tried out
 _ENOUGH = 0.5  # of one forward step's progress; less sends the search all around
 _NEAR_CORNER = 0.05  # [m] a corner this close counts as reached
 
-NO_MOVE = 127
+NO_MOVE = 2**15 - 1
 """Stands for the number of turns before the next move forward where none is to come."""
 
 
@@ -30,8 +30,8 @@ class Advice(NamedTuple):
     actions: Tensor
     """The best action of each: (N,) int64."""
     turns: Tensor | None
-    """How many turns to the left come before its next move forward, negative ones to the right, up to half a
-    circle; :data:`NO_MOVE` where it stops. (N,) int8; None from an expert that does not tell."""
+    """How many turns to the left come before its next move forward, negative ones to the right, cut off at
+    half a circle; :data:`NO_MOVE` where it stops. (N,) int16; None from an expert that does not tell."""
 
 
 class ShortestPathFollower:
@@ -77,14 +77,15 @@ class ShortestPathFollower:
         """
         distance = self.paths.geodesic_distance(scene, position, goal)
         actions = torch.full_like(scene, int(Action.STOP))
-        planned = torch.full_like(scene, NO_MOVE, dtype=torch.int8)
+        planned = torch.full_like(scene, NO_MOVE, dtype=torch.int16)
         walking = torch.isfinite(distance) & (distance >= self.goal_radius)
         if active is not None:
             walking &= active
         rows = torch.nonzero(walking).squeeze(1)
         if rows.numel():
             turns = self._turns(scene[rows], position[rows], yaw[rows], goal[rows], distance[rows])
-            planned[rows] = turns.clamp(-self._half_circle, self._half_circle).to(torch.int8)
+            most = min(self._half_circle, NO_MOVE - 1)
+            planned[rows] = turns.clamp(-most, most).to(torch.int16)
             ahead = torch.full_like(turns, int(Action.MOVE_FORWARD))
             left, right = torch.full_like(turns, int(Action.TURN_LEFT)), int(Action.TURN_RIGHT)
             actions[rows] = torch.where(turns == 0, ahead, torch.where(turns > 0, left, right))

@@ -48,8 +48,8 @@ TEXEL_BYTES = 4 * 4 / 3
 """A texel with its share of the coarser levels."""
 REPLAYED_BYTES = 8 + 4 + 1 + 4
 """Action, reward, start flag and log-probability of a step that is kept to learn from again."""
-SCALAR_BYTES = 8 + 4 + 1 + 4 + 4 + 4 + 4 + 8 + 1
-"""Action, reward, start flag, value, log-probability, advantage, return, expert's action and its turns."""
+SCALAR_BYTES = 8 + 4 + 1 + 4 + 4 + 4 + 4 + 8
+"""Action, reward, start flag, value, log-probability, advantage, return and the expert's action of a step."""
 
 
 class LiveBytes(TorchDispatchMode):

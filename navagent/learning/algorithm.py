@@ -162,6 +162,11 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
             return "imitation"
         return "critic" if self.imitation.critic_alone(self.num_timesteps) else "ppo"
 
+    @property
+    def wants_turns(self) -> bool:
+        """Whether rollouts carry the turns that the expert plans, beside its actions."""
+        return False
+
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
         if self.device.type == "cuda":
@@ -429,6 +434,7 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
         """Appends a step that all groups have ended to the rollout, and goes on to the next."""
         with self._stage("policy"):
             decision = join_decisions([decision for decision, _ in parts])
+            expert = decision.expert
             result = join_results([result for _, result in parts])
             buffer = self.rollout_buffer
             buffer.add(
@@ -439,8 +445,8 @@ class SequenceAlgorithm(OnPolicyAlgorithm):
                 decision.values,
                 decision.log_probs,
                 decision.frozen,
-                expert_actions=None if decision.expert is None else decision.expert.actions,
-                expert_turns=None if decision.expert is None else decision.expert.turns,
+                expert_actions=None if expert is None else expert.actions,
+                expert_turns=expert.turns if expert is not None and self.wants_turns else None,
                 reference_logits=decision.reference_logits,
             )
             if result.final_observations is not None:

@@ -42,7 +42,7 @@ class AuxiliaryConfig:
         for name in ("cpc_coef", "inverse_dynamics_coef", "heading_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"auxiliary {name} {getattr(self, name)} must not be negative")
-        if not 1 <= self.half_circle < NO_MOVE:
+        if self.heading_coef and not 1 <= self.half_circle < NO_MOVE:
             raise ValueError(f"auxiliary half_circle {self.half_circle}: expected 1 to {NO_MOVE - 1} turns")
         if not 1 <= self.futures <= self.horizon or self.starts < 1 or self.negatives < 1:
             raise ValueError(
@@ -94,7 +94,7 @@ class AuxiliaryLosses(nn.Module):
         """The weighted sum of the losses, (), and what to log.
 
         ``features`` (T, B, E) of the images and ``hidden`` (T, B, H) of the memory, both before ``actions``
-        (T, B) int64; ``episode_starts`` (T, B) bool; ``expert_turns`` (T, B) int8, None where no expert was
+        (T, B) int64; ``episode_starts`` (T, B) bool; ``expert_turns`` (T, B) int16, None where no expert was
         asked; ``generator`` lives on the CPU.
         """
         features, hidden = features.float(), hidden.float()
@@ -279,7 +279,7 @@ class Heading(nn.Module):
     def forward(self, hidden: Tensor, expert_turns: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy and the share of right guesses, both (), over steps with a move to come.
 
-        ``hidden`` (T, B, H); ``expert_turns`` (T, B) int8 in -S..S, or :data:`envs.expert.NO_MOVE`.
+        ``hidden`` (T, B, H); ``expert_turns`` (T, B) int16 in -S..S, or :data:`envs.expert.NO_MOVE`.
         """
         logits = self.guess(hidden)
         valid = expert_turns != NO_MOVE

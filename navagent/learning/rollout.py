@@ -77,8 +77,8 @@ class SequenceBatch:
     expert_actions: Tensor | None
     """What the expert would have done: (T, B) int64; None when it was not asked."""
     expert_turns: Tensor | None
-    """How many turns it would have made before its next move, see :class:`envs.expert.Advice`: (T, B) int8;
-    None when it did not tell."""
+    """How many turns it would have made before its next move, see :class:`envs.expert.Advice`: (T, B)
+    int16; None when nobody wants to know."""
     reference_logits: Tensor | None
     """Action logits of the policy to stay close to: (T, B, A); None when there is none."""
     samples: int
@@ -424,7 +424,7 @@ class NumpyVectorEnv:
         )
 
     def expert_advice(self) -> Advice:
-        """Asks the environment's own ``expert_actions``, if it has one."""
+        """That of its tensor environments, or what ``expert_actions`` of each environment answers."""
         batched = getattr(self.env, "vector_envs", None)
         if batched is not None:
             return join_advice([_advice_of(env, self.device) for env in batched])

@@ -144,6 +144,11 @@ class SequenceLearner(SequenceAlgorithm):
         if self.auxiliary_config.wanted:
             self.auxiliary = self._make_auxiliary()
 
+    @property
+    def wants_turns(self) -> bool:
+        """Whether they are learned from."""
+        return self.auxiliary_config.heading_coef > 0
+
     def _make_auxiliary(self) -> AuxiliaryLosses:
         """The auxiliary losses, their networks in the policy's optimiser."""
         policy: Any = self.policy
@@ -274,6 +279,11 @@ class SequenceLearner(SequenceAlgorithm):
                 batch.observations, batch.memory, batch.episode_starts, batch.frozen
             )
             evaluation = policy.evaluate_hidden(hidden, batch.actions)
+        if self.wants_turns and batch.expert_actions is not None and batch.expert_turns is None:
+            raise ValueError(
+                "heading_coef learns the turns that an expert plans, and this environment's does not tell "
+                "them: use envs.vector_env.PointNavVectorEnv, or a heading_coef of 0"
+            )
         # A generator of its own: ranks whose minibatches differ draw differently often.
         seed = torch.randint(2**62, (), generator=self.generator).item()
         generator = torch.Generator().manual_seed(int(seed) + self.ranks.rank)

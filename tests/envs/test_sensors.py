@@ -67,3 +67,20 @@ def test_angles_wrap_into_their_space(task):
         task.step(torch.tensor([int(Action.TURN_LEFT)]))
         for name, (space, read_sensor) in TASK_SENSORS.items():
             assert space.contains(read_sensor(task)[0].numpy()), name
+
+
+def in_plane(goal, heading=0.0):
+    distance, angle = goal
+    return distance * math.cos(angle + heading), distance * math.sin(angle + heading)
+
+
+def test_gps_and_compass_follow_from_the_goal_sensor_and_the_agents_own_turns(task):
+    ahead, left = in_plane(read(task, "pointgoal_with_gps_compass"))
+    heading = 0.0
+    generator = torch.Generator().manual_seed(0)
+    for action in torch.randint(1, 4, (40,), generator=generator):
+        task.step(action[None])
+        heading += math.radians({Action.TURN_LEFT: 10, Action.TURN_RIGHT: -10}.get(int(action), 0))
+        now_ahead, now_left = in_plane(read(task, "pointgoal_with_gps_compass"), heading)
+        assert read(task, "gps") == pytest.approx([ahead - now_ahead, now_left - left], abs=1e-4)
+        assert math.cos(read(task, "compass")[0] - heading) == pytest.approx(1.0, abs=1e-6)

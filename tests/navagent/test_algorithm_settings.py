@@ -57,6 +57,15 @@ def test_every_setting_reaches_the_algorithm(room, tmp_path):
     model.env.close()
 
 
+def test_headings_are_told_apart_by_the_turns_of_the_task(room, tmp_path):
+    config = settings(
+        room, tmp_path, "imitation.frames=32", "imitation.heading_coef=1", "env.turn_angle_deg=30"
+    )
+    model = make_model(config, load_split(config, "train"))
+    assert model.auxiliary.heading.guess.out_features == 13
+    model.env.close()
+
+
 def test_by_default_there_is_no_option(room, tmp_path):
     config = settings(room, tmp_path)
     model = make_model(config, load_split(config, "train"))

@@ -241,7 +241,7 @@ def test_the_heading_loss_is_that_of_a_softmax_over_all_turns_where_a_move_is_to
     heading = Heading(HIDDEN, half_circle=3)
     torch.nn.init.normal_(heading.guess.weight)
     hidden = torch.randn(3, 2, HIDDEN)
-    turns = torch.tensor([[-3, 3], [NO_MOVE, 0], [1, NO_MOVE]], dtype=torch.int8)
+    turns = torch.tensor([[-3, 3], [NO_MOVE, 0], [1, NO_MOVE]], dtype=torch.int16)
     loss, agreement = heading(hidden, turns)
     total, right = 0.0, 0
     for step, env, turn in [(0, 0, -3), (0, 1, 3), (1, 1, 0), (2, 0, 1)]:
@@ -251,12 +251,16 @@ def test_the_heading_loss_is_that_of_a_softmax_over_all_turns_where_a_move_is_to
     assert loss.item() == pytest.approx(total / 4, rel=1e-5)
     assert agreement.item() == pytest.approx(right / 4)
     assert heading(hidden, torch.full_like(turns, NO_MOVE))[0] == 0
+    # The memory learns from it, where a move is to come.
+    hidden.requires_grad_(True)
+    heading(hidden, turns)[0].backward()
+    assert torch.equal((hidden.grad != 0).all(2), turns != NO_MOVE)
 
 
 def test_the_heading_is_asked_of_agents_without_images_where_an_expert_told_it(block):
     features, hidden, actions, starts = block
     losses = AuxiliaryLosses(AuxiliaryConfig(heading_coef=0.5), 0, HIDDEN, ACTIONS)
-    turns = torch.zeros_like(actions, dtype=torch.int8)
+    turns = torch.zeros_like(actions, dtype=torch.int16)
     total, record = losses(features, hidden, actions, starts, turns, generator())
     torch.testing.assert_close(total.detach(), 0.5 * record["auxiliary/heading_loss"])
     assert losses(features, hidden, actions, starts, None, generator()) == (0, {})
@@ -267,7 +271,7 @@ def test_wrong_settings_and_policies_without_images_are_refused():
         AuxiliaryConfig(cpc_coef=-1)
     with pytest.raises(ValueError, match="horizon 3, starts 6, futures 4"):
         AuxiliaryConfig(horizon=3, futures=4)
-    with pytest.raises(ValueError, match="half_circle 127: expected 1 to 126 turns"):
-        AuxiliaryConfig(half_circle=127)
+    with pytest.raises(ValueError, match="half_circle 0: expected 1 to 32766 turns"):
+        AuxiliaryConfig(heading_coef=1.0, half_circle=0)
     with pytest.raises(ValueError, match="this policy sees none"):
         AuxiliaryLosses(AuxiliaryConfig(cpc_coef=0.1), 0, HIDDEN, ACTIONS)

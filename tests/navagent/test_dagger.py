@@ -215,7 +215,7 @@ def rollout(number, num_envs=4, steps=3, length=3):
             stamp,
             {"f": stamp},
             stamp.long(),
-            (stamp % 120).to(torch.int8),
+            stamp.to(torch.int16),
         )
     buffer.finish(torch.zeros(num_envs), torch.zeros(num_envs, dtype=torch.bool), 0.9, 0.9)
     return buffer
@@ -228,7 +228,7 @@ def sequences(batch):
     for block in (batch.observations["x"][..., 0], batch.actions, batch.log_probs, batch.expert_actions):
         assert torch.equal(block.float(), first + steps)
     assert torch.equal(batch.frozen["f"], first + steps)
-    assert torch.equal(batch.expert_turns, ((first + steps) % 120).to(torch.int8))
+    assert torch.equal(batch.expert_turns, (first + steps).to(torch.int16))
     assert (batch.episode_starts == (steps == 1)).all()
     assert batch.samples == batch.actions.numel()
     return first.tolist()

@@ -5,7 +5,10 @@ import torch
 from learning_world import LineVecEnv, LineWorld
 from stable_baselines3.common.callbacks import BaseCallback
 
+from envs.expert import Advice
+from navagent.learning.auxiliary import AuxiliaryConfig
 from navagent.learning.fast_paths import FastPaths
+from navagent.learning.imitation import ImitationConfig
 from navagent.learning.ppo import PPO
 from policies.actor_critic import NavigationPolicy
 
@@ -66,6 +69,25 @@ def test_what_overlapping_groups_stored_of_the_policy_is_what_it_says_of_whole_s
         )
     torch.testing.assert_close(values, batch.values, rtol=0, atol=1e-5)
     torch.testing.assert_close(log_probs, batch.log_probs, rtol=0, atol=1e-5)
+
+
+class TellingWorld(LineWorld):
+    """Its expert tells how far it is to the goal, too."""
+
+    def expert_advice(self):
+        return Advice(self.expert_actions(), self.offset.to(torch.int16))
+
+
+def test_overlapping_groups_store_what_each_worlds_expert_says():
+    pair = [TellingWorld(num_envs=2, seed=3), TellingWorld(num_envs=4, seed=4)]
+    lesson = {"imitation": ImitationConfig(frames=96), "auxiliary": AuxiliaryConfig(heading_coef=1.0)}
+    model = agent(PairVecEnv(pair), **lesson)
+    model.learn(8 * 6)
+    offset = model.rollout_buffer["obs/offset"][..., 0]
+    assert torch.equal(model.rollout_buffer["expert_turns"].float(), offset)
+    assert torch.equal(model.rollout_buffer["expert_actions"], torch.sign(offset).long() % 3)
+    with pytest.raises(ValueError, match="heading_coef learns the turns that an expert plans"):
+        agent(PairVecEnv(worlds()), **lesson).learn(8 * 6)
 
 
 class StopsIn(BaseCallback):

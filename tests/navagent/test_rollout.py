@@ -69,7 +69,7 @@ def fill_with_identifiable_data(buffer: SequenceBuffer) -> None:
             log_probs=stamp * 3,
             frozen={"base": stamp[:, None].expand(-1, 4)},
             expert_actions=step * 100 + envs + 7,
-            expert_turns=(envs - step).to(torch.int8),
+            expert_turns=(envs - step).to(torch.int16),
         )
     buffer.finish(torch.zeros(buffer.num_envs), torch.zeros(buffer.num_envs, dtype=torch.bool), 0.9, 0.8)
 
@@ -99,7 +99,7 @@ def test_everything_in_a_minibatch_is_of_the_same_transition(count):
         torch.testing.assert_close(batch.log_probs, stamp * 3)
         torch.testing.assert_close(batch.frozen["base"][..., 3], stamp)
         assert torch.equal(batch.expert_actions, batch.actions + 7)
-        assert torch.equal(batch.expert_turns, (envs - steps).to(torch.int8))
+        assert torch.equal(batch.expert_turns, (envs - steps).to(torch.int16))
         assert torch.equal(batch.memory[:, 0], envs[0].float())
         assert torch.equal(batch.episode_starts, (envs + steps) % 3 == 0)
         torch.testing.assert_close(batch.returns, batch.advantages + batch.values)
@@ -136,6 +136,11 @@ def test_a_rollout_without_expert_does_not_show_the_last_ones_labels():
     assert buffer.has_expert_actions
     buffer.start(torch.zeros(2, 1))
     assert not buffer.has_expert_actions
+    nothing = torch.zeros(2)
+    buffer.add({"x": nothing}, nothing.long(), nothing, nothing > 0, nothing, nothing)
+    buffer.finish(nothing, nothing > 0, 0.9, 0.8)
+    (batch,) = buffer.minibatches(1)
+    assert batch.expert_actions is None and batch.expert_turns is None
 
 
 def test_misuse_is_refused_with_what_to_do():

@@ -34,6 +34,11 @@ class Advice(NamedTuple):
     half a circle; :data:`NO_MOVE` where it stops. (N,) int16; None from an expert that does not tell."""
 
 
+def half_circle(turn_angle_deg: float) -> int:
+    """How many turns of an angle [deg] face an agent about."""
+    return math.ceil(180 / turn_angle_deg - 1e-6)
+
+
 class ShortestPathFollower:
     """Chooses, for a batch of agents, the action that follows the shortest path to the goal best.
 
@@ -54,7 +59,7 @@ class ShortestPathFollower:
         self.agent = agent
         self.goal_radius = goal_radius
         self._turn = math.radians(agent.turn_angle_deg)
-        self._half_circle = math.ceil(math.pi / self._turn - 1e-6)
+        self._half_circle = half_circle(agent.turn_angle_deg)
 
     def actions(
         self, scene: Tensor, position: Tensor, yaw: Tensor, goal: Tensor, active: Tensor | None = None

@@ -18,6 +18,7 @@ from rich.table import Table
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger
 
+from envs.expert import half_circle
 from envs.sb3 import SB3VecEnv
 from envs.vector_env import PointNavVectorEnv
 from navagent.build import (
@@ -278,7 +279,7 @@ def make_model(
             algorithm.cpc_coef,
             algorithm.inverse_dynamics_coef,
             config.imitation.heading_coef,
-            math.ceil(180 / config.env.turn_angle_deg - 1e-6),
+            half_circle(config.env.turn_angle_deg),
         ),
         nonfinite=cast(NonFinite, algorithm.nonfinite),
         feature_dtype=getattr(torch, algorithm.feature_dtype),

@@ -61,12 +61,6 @@ class ShortestPathFollower:
         self._turn = math.radians(agent.turn_angle_deg)
         self._half_circle = half_circle(agent.turn_angle_deg)
 
-    def actions(
-        self, scene: Tensor, position: Tensor, yaw: Tensor, goal: Tensor, active: Tensor | None = None
-    ) -> Tensor:
-        """The best action of each agent, see :meth:`advice`: (N,) int64."""
-        return self.advice(scene, position, yaw, goal, active).actions
-
     def advice(
         self, scene: Tensor, position: Tensor, yaw: Tensor, goal: Tensor, active: Tensor | None = None
     ) -> Advice:

@@ -104,6 +104,6 @@ def test_agents_without_a_path_or_an_episode_stop(flat_simulator):
     scene, zeros = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 3)
     goal = torch.tensor([[0.0, 0.0, math.inf], [0.0, 0.0, -2.0]])
     active = torch.tensor([True, False])
-    actions = follower.actions(scene, zeros, torch.zeros(2), goal, active)
-    assert actions.tolist() == [Action.STOP, Action.STOP]
-    assert follower.advice(scene, zeros, torch.zeros(2), goal, active).turns.tolist() == [NO_MOVE, NO_MOVE]
+    advice = follower.advice(scene, zeros, torch.zeros(2), goal, active)
+    assert advice.actions.tolist() == [Action.STOP, Action.STOP]
+    assert advice.turns.tolist() == [NO_MOVE, NO_MOVE]

@@ -234,6 +234,13 @@ def _evaluate(arguments: Sequence[str]) -> int:
     )
     sampling.add_argument("--deterministic", action="store_true", help="take the most probable action")
     parser.set_defaults(deterministic=False)
+    who.add_argument(
+        "--turn-back",
+        metavar="P",
+        type=float,
+        help="turn back right after a turn only with a probability of at least P "
+        "(default: the run's evaluation.turn_back)",
+    )
     who.add_argument("--seed", metavar="N", type=int, default=0, help="seed of drawn actions and intervals")
     what = parser.add_argument_group("output")
     what.add_argument(

@@ -396,6 +396,13 @@ class EvaluationConfig:
     )
     num_envs: int = setting(32, "agents that are evaluated side by side", at_least=1)
     deterministic: bool = setting(False, "the most probable action instead of a sampled one")
+    turn_back: float = setting(
+        0.0,
+        "probability below which an agent does not turn back right after a turn; 0 leaves it free, 0.6 keeps "
+        "imitators from turning to and fro",
+        at_least=0,
+        at_most=1,
+    )
     baselines: str = setting("random,expert", "agents beside the run's in the final table, with commas")
     maps: int = setting(8, "maps with the agent's path in the final evaluation", at_least=0)
     videos: int = setting(2, "videos in the final evaluation", at_least=0)

@@ -243,8 +243,10 @@ def card(config: TrainConfig, policy: NavigationPolicy) -> dict[str, Any]:
         ],
         "choice": {
             "rule": "argmax" if config.evaluation.deterministic else "sample",
+            "turn_back": config.evaluation.turn_back,
             "meaning": "how the run's own evaluation takes an action: the likeliest, or one drawn from "
-            "softmax(logits)",
+            "softmax(logits); right after a turn, the turn back is left out where its probability is below "
+            "turn_back",
         },
         "agent": {
             "radius_m": config.env.agent_radius,

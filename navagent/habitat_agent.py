@@ -77,6 +77,7 @@ class NavagentAgent(_Base):
         checkpoint: str | int = "best",
         device: str = "auto",
         deterministic: bool | None = None,
+        turn_back: float | None = None,
         seed: int = 0,
         depth_in_metres: bool = False,
     ) -> None:
@@ -88,6 +89,8 @@ class NavagentAgent(_Base):
             device: Where it thinks: cpu, cuda, cuda:N, or auto.
             deterministic: Whether it takes its most probable action or draws one; as the run was evaluated
                 (``evaluation.deterministic``) if None.
+            turn_back: From which probability on, 0 to 1, it turns back right after a turn; as the run was
+                evaluated (``evaluation.turn_back``) if None.
             seed: Of the actions that it draws.
             depth_in_metres: Whether Habitat gives depth in metres (``normalize_depth: False``), and not in
                 0..1 over its own range, which must then be the run's.
@@ -110,8 +113,13 @@ class NavagentAgent(_Base):
         self._space = observation_space(self.config)
         self._device = training_device(device)
         policy = restore_policy(Run(run), self._space, action_space(self.config), checkpoint)
-        chosen = self.config.evaluation.deterministic if deterministic is None else deterministic
-        self._agent = PolicyAgent(policy.to(self._device), Path(run).resolve().name, chosen)
+        own = self.config.evaluation
+        self._agent = PolicyAgent(
+            policy.to(self._device),
+            Path(run).resolve().name,
+            own.deterministic if deterministic is None else deterministic,
+            own.turn_back if turn_back is None else turn_back,
+        )
         self._episodes = 0
         self.reset()
 

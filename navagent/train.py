@@ -610,7 +610,9 @@ class Trainer(BaseCallback):
                 mode="once",
                 autoreset_mode=AutoresetMode.NEXT_STEP,
             )
-        agent = PolicyAgent(self.model.policy, deterministic=settings.deterministic)
+        agent = PolicyAgent(
+            self.model.policy, deterministic=settings.deterministic, turn_back=settings.turn_back
+        )
         return evaluate_agent(self._val_env, agent, settings.seed, lambda *_: self.ranks.check())
 
     def _state(self) -> dict[str, Any]:
@@ -873,6 +875,7 @@ def _conclude(config: TrainConfig, run: Run, console: Console, ranks: Ranks) -> 
             episodes=settings.final_episodes,
             agents=",".join(agents),
             deterministic=settings.deterministic,
+            turn_back=settings.turn_back,
             seed=settings.seed,
             maps=settings.maps,
             videos=settings.videos,

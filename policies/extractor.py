@@ -104,8 +104,8 @@ class PolarGoal(nn.Module):
         """Features (N, 32) of goals (N, 2): distance [m] and angle [rad]."""
         rho, phi = goal[:, 0].clamp(min=0), goal[:, 1]
         # One scale for far, middle and near: 10 m, 1 m, and the 0.2 m within which an episode succeeds. The
-        # last is that border itself: a centimetre decides there, which smooth scales alone take long to tell.
-        scales = (rho / 10.0, torch.log1p(rho), torch.exp(-rho / 0.2), torch.sigmoid((0.2 - rho) / 0.01))
+        # last is that border itself: millimetres decide there, which smooth scales alone take long to tell.
+        scales = (rho / 10.0, torch.log1p(rho), torch.exp(-rho / 0.2), torch.sigmoid((0.2 - rho) / 0.002))
         return self.linear(torch.stack((*scales, torch.cos(phi), torch.sin(phi)), dim=1))
 
 

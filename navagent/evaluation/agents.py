@@ -13,7 +13,7 @@ from torch import Tensor
 from envs.episodes import Episode
 from envs.sensors import point_goal
 from envs.simulators.base import Action
-from envs.vector_env import PointNavVectorEnv
+from envs.vector_env import PREVIOUS_ACTION, PointNavVectorEnv
 
 
 class Draws(Protocol):
@@ -83,11 +83,42 @@ class Agent(ABC):
         """
 
 
-class PolicyAgent(Agent):
-    """A trained :class:`policies.actor_critic.NavigationPolicy`."""
+def unless_sure(probabilities: Tensor, previous: Tensor, turn_back: float) -> Tensor:
+    """Probabilities without that of turning back at once, where it is below ``turn_back``.
 
-    def __init__(self, policy: Any, name: str = "run", deterministic: bool = False) -> None:
-        self.policy, self.name, self.deterministic = policy, name, deterministic
+    Who cannot see the way may find left as good as right at every step, and so turns to and fro until time
+    is out. Whoever goes on turning sees more, and who is sure may still turn back.
+
+    Args:
+        probabilities: of the actions, the last two of which turn left and right: (N, num_actions).
+        previous: the last action and 1, or 0 at an episode's start: (N,).
+        turn_back: from 0, which leaves all as they are, to 1.
+
+    Returns:
+        (N, num_actions), in which rows need not add up to 1.
+    """
+    kept = probabilities.clone()
+    right = probabilities.shape[1] - 1
+    left = right - int(Action.TURN_RIGHT) + int(Action.TURN_LEFT)
+    for turn, back in ((left, right), (right, left)):
+        kept[(previous == turn + 1) & (probabilities[:, back] < turn_back), back] = 0.0
+    return kept
+
+
+class PolicyAgent(Agent):
+    """A trained :class:`policies.actor_critic.NavigationPolicy`.
+
+    Args:
+        policy: the policy.
+        name: how tables call it.
+        deterministic: whether it takes its most probable action or draws one.
+        turn_back: see :func:`unless_sure`.
+    """
+
+    def __init__(
+        self, policy: Any, name: str = "run", deterministic: bool = False, turn_back: float = 0.0
+    ) -> None:
+        self.policy, self.name, self.deterministic, self.turn_back = policy, name, deterministic, turn_back
 
     def begin(self, env: PointNavVectorEnv, seed: int) -> None:
         """Clears the memory."""
@@ -105,12 +136,13 @@ class PolicyAgent(Agent):
         """The policy's actions, drawn or the most probable ones."""
         answer = self.policy.act(observations, self.memory, episode_starts, deterministic=True)
         self.memory = answer[3]
-        actions: Tensor = answer[0].clone()
+        likely = torch.softmax(answer[5].float(), dim=1)
+        if self.turn_back:
+            likely = unless_sure(likely, observations[PREVIOUS_ACTION], self.turn_back)
         if not self.deterministic:
             # The largest p / q with exponentially distributed q falls on each action with probability p.
-            likely = torch.softmax(answer[5].float(), dim=1)
-            actions = (likely / self.noise.draw(episode_starts)).argmax(dim=1)
-        return actions
+            likely = likely / self.noise.draw(episode_starts)
+        return likely.argmax(dim=1)
 
 
 class ExpertAgent(Agent):

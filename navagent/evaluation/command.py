@@ -79,6 +79,8 @@ class EvaluateOptions:
     """``best``, ``latest`` or a number of frames."""
     deterministic: bool = False
     """Whether policies take their most probable action."""
+    turn_back: float | None = None
+    """From which probability on policies turn back at once; the run's ``evaluation.turn_back`` if None."""
     seed: int = 0
     """Seed of drawn actions and of intervals."""
     out: str | None = None
@@ -100,6 +102,8 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         if self.episodes is not None and self.episodes < 1:
             raise ConfigError(f"--episodes {self.episodes} must be at least 1")
+        if self.turn_back is not None and not 0 <= self.turn_back <= 1:
+            raise ConfigError(f"--turn-back {self.turn_back} must lie between 0 and 1, as a probability does")
         for name in ("maps", "videos", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name} {getattr(self, name)} must be at least 0")
@@ -234,6 +238,7 @@ def what_was_evaluated(
         "scenes": len({episode.scene_id for episode in episodes}),
         "seed": options.seed,
         "deterministic": options.deterministic,
+        "turn_back": turn_back(options, config),
         "checkpoints": {name: file.name for name, file in checkpoints.items()},
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": as_command(options),
@@ -272,6 +277,11 @@ def asked_simulator(options: EvaluateOptions, own: TrainConfig, name: str) -> Si
     return dataclasses.replace(own.simulator, name=name, **given)
 
 
+def turn_back(options: EvaluateOptions, config: TrainConfig) -> float:
+    """From which probability on policies turn back at once: what is asked for, or the run's own."""
+    return config.evaluation.turn_back if options.turn_back is None else options.turn_back
+
+
 def as_command(options: EvaluateOptions) -> str:
     """The command line that asks for these options."""
     words = ["navagent", "evaluate", options.run]
@@ -279,7 +289,8 @@ def as_command(options: EvaluateOptions) -> str:
         value = getattr(options, item.name)
         if item.name in ("run", "settings") or value == item.default:
             continue
-        words += [f"--{item.name}"] if value is True else [f"--{item.name}", str(value)]
+        flag = f"--{item.name.replace('_', '-')}"
+        words += [flag] if value is True else [flag, str(value)]
     return shlex.join([*words, *options.settings])
 
 
@@ -334,11 +345,13 @@ def split_name(file: Path) -> str:
 
 
 def contender_config(run: Run, config: TrainConfig) -> TrainConfig:
-    """The settings under which a run's agent is evaluated: its own senses, but the task of ``config``."""
+    """The settings under which a run's agent is evaluated: its own senses, but the task of ``config``, and
+    its way to choose."""
     own = read_config(run.config_path)
     return dataclasses.replace(
         own,
         env=config.env,
+        evaluation=config.evaluation,
         scenes=config.scenes,
         simulator=config.simulator,
         device=config.device,
@@ -425,7 +438,7 @@ def evaluate_contenders(
             else:
                 env = environment(contender_config(contender.run, config))
                 policy = load_policy(contender.run, env, options.checkpoint)
-                agent = PolicyAgent(policy, contender.name, options.deterministic)
+                agent = PolicyAgent(policy, contender.name, options.deterministic, turn_back(options, config))
             try:
                 results[contender.name] = evaluate_agent(
                     env,

@@ -19,7 +19,7 @@ from envs.files import atomic_write
 from navagent.config import ConfigError, TrainConfig, as_typed, flatten, read_config
 from navagent.evaluation.curves import Curve, draw_comparison, evaluations
 from navagent.evaluation.metrics import Estimate, paired_difference, summarise, to_json
-from navagent.evaluation.report import read_evaluations
+from navagent.evaluation.report import actions_taken, read_evaluations, turned_back
 from navagent.evaluation.results import EpisodeResult, read_results
 from navagent.runs import Run, read_checkpoint
 
@@ -60,6 +60,11 @@ class Contestant:
     def deterministic(self) -> bool:
         """Whether the most probable actions were taken."""
         return bool(self.summary["deterministic"])
+
+    @property
+    def turn_back(self) -> float:
+        """From which probability on it turned back at once."""
+        return turned_back(self.summary)
 
     @property
     def began(self) -> tuple[float, float, float] | None:
@@ -210,6 +215,13 @@ def _check_alike(one: Contestant, other: Contestant) -> None:
             f"{most.run.path} was evaluated by its most probable actions and {drawn.run.path} by drawn ones; "
             f"evaluate both alike: `navagent evaluate {drawn.run.path} --deterministic`"
         )
+    if one.turn_back != other.turn_back:
+        free, careful = (one, other) if one.turn_back < other.turn_back else (other, one)
+        raise ConfigError(
+            f"{one.run.path} was evaluated with a turn_back of {one.turn_back:g} and {other.run.path} with "
+            f"{other.turn_back:g}; evaluate both alike: `navagent evaluate {free.run.path} --turn-back "
+            f"{careful.turn_back:g}`"
+        )
     episodes = [
         {(result.scene_id, result.episode_id, result.start, result.goal) for result in each.results}
         for each in (one, other)
@@ -248,10 +260,9 @@ def _table(contestants: Sequence[Contestant], differences: dict[str, dict[str, E
     """The comparison in words, as Markdown."""
     first = contestants[0]
     scenes = len({result.scene_id for result in first.results})
-    drawn = "the most probable actions" if first.deterministic else "actions drawn from the policy"
     lines = [
         f"Final evaluation of each run: the same {len(first.results)} episodes in {scenes} "
-        f"home{'s' * (scenes != 1)}, {drawn}; "
+        f"home{'s' * (scenes != 1)}, {actions_taken(first.summary)}; "
         "95 % intervals over episodes and, where there are enough, over homes.",
         "",
         "| run | frames in all | success | over homes | SPL | over homes |",

@@ -55,6 +55,7 @@ from navagent.evaluation.command import (
     parse_agents,
     safe_name,
     split_source,
+    turn_back,
     what_was_evaluated,
     write_evaluation,
 )
@@ -228,6 +229,7 @@ def _play_in_habitat(
         checkpoint=options.checkpoint,
         device=options.device,
         deterministic=options.deterministic,
+        turn_back=turn_back(options, config),
         seed=options.seed,
     )
     try:

@@ -269,14 +269,25 @@ def _results(evaluation: Evaluation) -> str:
                 f'<div class="number">{value.mean:.3f}</div></div>'
             )
     summary = evaluation.summary
-    drawn = "the most probable action" if summary["deterministic"] else "actions drawn from the policy"
     return (
         f'<section><h2>Results</h2><p class="note">'
         f"{_count(summary['episodes'], 'episode')} of "
-        f"{escape(str(summary['split']))} in {_count(summary['scenes'], 'home')}; {drawn}; "
+        f"{escape(str(summary['split']))} in {_count(summary['scenes'], 'home')}; {actions_taken(summary)}; "
         f"seed {escape(str(summary['seed']))}. Whiskers are 95 % intervals.</p>"
         f'<div class="bars">{"".join(cells)}</div>{_table(evaluation)}{_differences(evaluation)}</section>'
     )
+
+
+def turned_back(summary: Mapping[str, Any]) -> float:
+    """From which probability on agents turned back at once; an evaluation of an earlier version lacks it."""
+    return float(summary.get("turn_back", 0.0))
+
+
+def actions_taken(summary: Mapping[str, Any]) -> str:
+    """How an evaluation's actions were taken, in words."""
+    words = "the most probable actions" if summary["deterministic"] else "actions drawn from the policy"
+    surely = turned_back(summary)
+    return f"{words}, turning back at once only from a probability of {surely:g} on" if surely else words
 
 
 def _table(evaluation: Evaluation) -> str:

@@ -70,11 +70,11 @@ def environment(config):
     )
 
 
-def played_by_the_evaluation(run, config, deterministic, seed=3):
+def played_by_the_evaluation(run, config, deterministic, turn_back, seed=3):
     """What the evaluation's own agent does in each episode."""
     env = environment(config)
     policy = restore_policy(run, env.single_observation_space, env.single_action_space)
-    results = evaluate_agent(env, PolicyAgent(policy, "run", deterministic), seed)
+    results = evaluate_agent(env, PolicyAgent(policy, "run", deterministic, turn_back), seed)
     env.close()
     return [[Action(choice).name.lower() for choice in result.choices[:, 0]] for result in results]
 
@@ -101,11 +101,11 @@ def played_as_in_habitat(agent, config, seed=3):
     return played
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
-def test_it_does_what_the_evaluation_does(seeing, deterministic):
+@pytest.mark.parametrize(("deterministic", "turn_back"), [(True, 0.0), (False, 0.0), (False, 0.5)])
+def test_it_does_what_the_evaluation_does(seeing, deterministic, turn_back):
     run, config = seeing
-    expected = played_by_the_evaluation(run, config, deterministic)
-    agent = NavagentAgent(run.path, device="cpu", deterministic=deterministic, seed=3)
+    expected = played_by_the_evaluation(run, config, deterministic, turn_back)
+    agent = NavagentAgent(run.path, device="cpu", deterministic=deterministic, turn_back=turn_back, seed=3)
     assert played_as_in_habitat(agent, config) == expected
     assert len(expected) == 3
     assert len({action for actions in expected for action in actions}) > (1 if deterministic else 2)

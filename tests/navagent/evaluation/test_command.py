@@ -110,6 +110,38 @@ def test_the_same_seed_gives_the_same_episodes(runs):
     assert first.count("\n") == 3
 
 
+def test_agents_turn_back_as_the_run_says_unless_asked_otherwise(homes, tmp_path):
+    """Two agents of the same weights, whose runs differ in that: all are evaluated as the first run says."""
+    settings = ("sensors=blind", "env.stop=automatic")
+    careful = untrained_run(tmp_path / "careful", homes, *settings, "evaluation.turn_back=0.9")
+    free = untrained_run(tmp_path / "free", homes, *settings)
+
+    def evaluated(run, asked=None):
+        options = EvaluateOptions(
+            run=str(run.path),
+            agents=f"careful={careful.path},free={free.path}",
+            turn_back=asked,
+            maps=0,
+            videos=0,
+            device="cpu",
+        )
+        out = evaluate_run(options)
+        lines = [(line.path_length, line.reward) for line in read_results(out / "episodes.jsonl")]
+        assert len(lines) == 8
+        assert lines[:4] == lines[4:]
+        summary = json.loads((out / "summary.json").read_text())
+        return summary["turn_back"], lines, (run.path / "report.html").read_text()
+
+    words = "turning back at once only from a probability of 0.9 on"
+    surely, as_careful, report = evaluated(careful)
+    assert surely == 0.9 and words in report
+    surely, as_free, report = evaluated(free)
+    assert surely == 0.0 and words not in report
+    assert as_careful != as_free
+    assert evaluated(free, 0.9)[:2] == (0.9, as_careful)
+    assert evaluated(careful, 0.0)[:2] == (0.0, as_free)
+
+
 def test_episode_files_are_told_apart_by_their_folders():
     assert split_name(Path("/data/gibson/v1/val/val.json.gz")) == "gibson-v1-val"
     assert split_name(Path("/data/homes/episodes/val/val.json.gz")) == "homes-episodes-val"
@@ -178,6 +210,7 @@ def test_agents_are_named_as_asked(runs):
         ({"split": "val", "dataset": "x"}, "not both"),
         ({"scenes": "x"}, "--scenes goes with --dataset"),
         ({"dataset": "/no/such.json.gz"}, "is not a file"),
+        ({"turn_back": 60.0}, r"--turn-back 60.0 must lie between 0 and 1"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_by_name(changes, message):
@@ -186,5 +219,5 @@ def test_options_that_do_not_fit_are_refused_by_name(changes, message):
 
 
 def test_the_command_names_what_differs_from_the_defaults():
-    options = EvaluateOptions(run="a b", deterministic=True, episodes=7)
-    assert as_command(options) == "navagent evaluate 'a b' --episodes 7 --deterministic"
+    options = EvaluateOptions(run="a b", deterministic=True, turn_back=0.6, episodes=7)
+    assert as_command(options) == "navagent evaluate 'a b' --episodes 7 --deterministic --turn-back 0.6"

@@ -21,7 +21,17 @@ EPISODES = 24
 def make_run(tmp_path, make_result):
     """A finished run: SPL of the evaluations while training, and of all episodes of the last one."""
 
-    def make(name, curve, final, origin=None, overrides=(), episodes=EPISODES, agent="run", sampled=True):
+    def make(
+        name,
+        curve,
+        final,
+        origin=None,
+        overrides=(),
+        episodes=EPISODES,
+        agent="run",
+        sampled=True,
+        turn_back=0.0,
+    ):
         run = Run.create(tmp_path / name, to_yaml(load_config(list(overrides))), origin)
         for frames, spl in curve.items():
             values = {"eval/spl": spl, "eval/spl_low": spl - 0.1, "eval/spl_high": spl + 0.1}
@@ -36,6 +46,7 @@ def make_run(tmp_path, make_result):
         summary = {
             "split": "val",
             "deterministic": not sampled,
+            "turn_back": turn_back,
             "checkpoints": {"run": "best.safetensors"},
             "agents": {agent: to_json(summarise(results))},
         }
@@ -114,6 +125,7 @@ def test_frames_are_counted_through_all_runs_even_where_they_are_gone(make_run, 
         ({"overrides": ["env.turn_angle_deg=30"]}, "env.turn_angle_deg=30.0, not 10.0"),
         ({"agent": "expert"}, "an evaluation of expert, not of the run's own agent"),
         ({"sampled": False}, "by its most probable actions"),
+        ({"turn_back": 0.6}, "/one --turn-back 0.6"),
         ({"overrides": ["scenes.val_split=test"]}, "no evaluation of 'test' (there are val)"),
     ],
 )

@@ -22,6 +22,7 @@ from navagent.evaluation.agents import (
     GoalAgent,
     PolicyAgent,
     RandomAgent,
+    unless_sure,
 )
 from navagent.evaluation.departures import by_scene, departures
 from navagent.evaluation.evaluate import evaluate_agent, spread
@@ -195,6 +196,50 @@ def test_a_policys_actions_are_drawn_with_its_probabilities(flat_env, make_episo
         starts = torch.zeros_like(starts)
     shares = torch.bincount(torch.cat(drawn), minlength=4) / 10_000
     torch.testing.assert_close(shares, DicePolicy.logits.exp(), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("num_actions", [3, 4])
+def test_only_who_is_sure_turns_back_at_once(num_actions):
+    """Against the rule step by step; of three actions, stop is not one."""
+    names = ["stop", "forward", "left", "right"][-num_actions:]
+    back = {"left": "right", "right": "left"}
+    probabilities = torch.rand(200, num_actions, generator=torch.Generator().manual_seed(0))
+    probabilities = probabilities / probabilities.sum(1, keepdim=True)
+    previous = torch.arange(200) % (num_actions + 1)
+    kept = unless_sure(probabilities, previous, 0.4)
+    changed = 0
+    for before, last, after in zip(probabilities, previous.tolist(), kept, strict=True):
+        expected = before.clone()
+        opposite = back.get(names[last - 1]) if last else None
+        if opposite is not None and before[names.index(opposite)] < 0.4:
+            expected[names.index(opposite)] = 0.0
+            changed += 1
+        assert torch.equal(after, expected)
+    assert 30 < changed < 100
+    assert torch.equal(unless_sure(probabilities, previous, 0.0), probabilities)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_an_agent_that_is_not_sure_goes_on_turning(flat_env, make_episode, deterministic):
+    env = flat_env([make_episode(n) for n in range(50)], 50, PointNavConfig(max_steps=200))
+    agent = PolicyAgent(DicePolicy(), "run", deterministic, turn_back=0.4)
+    agent.begin(env, 0)
+    env.reset()
+    starts = torch.ones(50, dtype=torch.bool)
+    previous = torch.full((50,), 3)  # a turn to the left
+    after_left = []
+    for _ in range(200):
+        chosen = agent.act({"previous_action": previous}, starts)
+        after_left.append(chosen[previous == 3])
+        previous = chosen + 1
+        starts = torch.zeros_like(starts)
+    taken = torch.cat(after_left)
+    if deterministic:
+        assert (taken == 1).all()
+    else:
+        shares = torch.bincount(taken, minlength=4) / len(taken)
+        expected = torch.tensor([0.02, 0.5, 0.3, 0.0]) / 0.82
+        torch.testing.assert_close(shares, expected, atol=0.03, rtol=0)
 
 
 def test_random_agent_moves_in_all_ways_and_stops_only_at_the_goal(flat_env, make_episode):

@@ -98,8 +98,7 @@ def unless_sure(probabilities: Tensor, previous: Tensor, turn_back: float) -> Te
         (N, num_actions), in which rows need not add up to 1.
     """
     kept = probabilities.clone()
-    right = probabilities.shape[1] - 1
-    left = right - int(Action.TURN_RIGHT) + int(Action.TURN_LEFT)
+    left, right = probabilities.shape[1] - 2, probabilities.shape[1] - 1
     for turn, back in ((left, right), (right, left)):
         kept[(previous == turn + 1) & (probabilities[:, back] < turn_back), back] = 0.0
     return kept
